@@ -1,0 +1,52 @@
+# Two commands: `make reproduce` and `make test`. Each builds the environment first if it is not there.
+
+PYTHON ?=
+TORCH_BACKEND ?=
+PROFILE ?= demo
+SET ?=
+IMAGES ?=
+MODEL ?=
+FORCE ?=
+
+RUN := .venv/bin/python -m
+# The runner sets the same for its kernels (clipshift_core/reproduce.py says why).
+test lab model: export OPENBLAS_NUM_THREADS := 1
+test lab model: export MALLOC_TRIM_THRESHOLD_ := 1073741824
+test lab model: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+test lab model: export NO_ALBUMENTATIONS_UPDATE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce refresh test lab model bench figures clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## build .venv from requirements.lock [PYTHON=python3.12] [TORCH_BACKEND=cpu]
+	@PYTHON="$(PYTHON)" TORCH_BACKEND="$(TORCH_BACKEND)" sh setup.sh
+
+reproduce: setup ## run the notebooks [PROFILE=demo|paper|file.yaml] [SET="key=value ..."] [IMAGES=folder] [MODEL=name or folder] [FORCE=1]
+	@$(RUN) clipshift_core.reproduce --profile "$(PROFILE)" --images "$(IMAGES)" --model "$(MODEL)" \
+	    $(if $(FORCE),--force) --set $(SET)
+
+refresh: setup ## run the demo and renew the committed notebooks and figures/
+	@$(RUN) clipshift_core.publish
+
+figures: setup ## run the demo and renew figures/ alone
+	@$(RUN) clipshift_core.publish --figures-only
+
+test: setup ## lint, unit tests, and every committed notebook run again and compared
+	@$(RUN) ruff check .
+	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile
+
+lab: setup ## open the notebooks in JupyterLab
+	@$(RUN) jupyter lab notebooks
+
+model: setup ## train the small CLIP of the demo from scratch (goes on after a kill)
+	@$(RUN) clipshift_core.pretrain
+
+bench: setup ## measure speed against the yardstick (minutes; leave the machine alone meanwhile)
+	@.venv/bin/python tests/bench/run.py
+
+clean: ## remove the environment, all runs and all caches
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

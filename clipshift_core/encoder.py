@@ -1,0 +1,356 @@
+"""Any OpenCLIP model on CPU or CUDA: images and texts in, unnormalised projected embeddings out.
+
+OpenCLIP only logs a line when it keeps random weights or stretches a position embedding; here both are errors.
+"""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .fastpath import FastVision, NotFast, check_views, shift_error
+from .hooks import captured
+
+PRECISIONS = ("auto", "fp32", "mixed")
+MAX_SHIFT_ERROR = 0.03
+"""`mixed` may move no augmentation's mean 1 - cosine by more than this part of its fp32 value."""
+FAST_TOLERANCE = 1e-4
+"""Largest difference of fast path and OpenCLIP's own forward, relative to the largest entry; measured 1e-6."""
+
+Vision = Callable[[UInt8[Tensor, "image h w 3"]], Float[Tensor, "image dim"]]
+
+
+class EncoderError(Exception):
+    """A model that cannot be loaded or used as asked: the value, and what would be accepted."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of `Encoder.encode` found."""
+
+    embedding: Float[Tensor, "image dim"]
+    """Projected, unnormalised, float32, on the CPU."""
+    captured: dict[str, Tensor]
+    """One tensor a capture point, float32, on the CPU, first dimension image."""
+
+
+class Encoder:
+    """A loaded model; make one with `Encoder.load`.
+
+    name: what was asked for, without the folders above it.  device: torch.device.
+    precision: "fp32" or "mixed", as in use.
+    dim, image_size: width of the embedding, side of the model's own square input in pixels.
+    logit_scale: the factor on cosines (already exponentiated).
+    weights_hash: SHA-256 (hex) of the one weights file where there is just one, else of the tensors.
+    vision: "fast", or "plain: " and the reason why OpenCLIP's own forward is used.
+    precision_error: largest error of a mean 1 - cosine by "mixed" in the check at loading; 0.0 for "fp32".
+    """
+
+    def __init__(self, model: nn.Module, source: str, *, name: str, weights_hash: str, precision: str):
+        """`model` in float32 on its device; `source` as OpenCLIP names it. Callers want `Encoder.load`."""
+        self.model, self.name, self.weights_hash, self._source = model, name, weights_hash, source
+        self.device = next(model.parameters()).device
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self._tokenizer: Callable[[list[str]], Tensor] | None = None
+        settings = model.visual.preprocess_cfg
+        height, width = np.broadcast_to(settings["size"], 2).tolist()
+        if height != width:
+            raise EncoderError(f"{name}: its images are {height} x {width}; only square inputs are supported")
+        self.image_size: int = height
+        self._mean, self._std = settings["mean"], settings["std"]
+        self._mode = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+
+        images, _ = check_views(self.image_size)
+        reference = self._plain(images[:3].to(self.device))
+        if not reference.isfinite().all():
+            raise EncoderError(f"{name}: its embeddings are not finite; the weights are damaged")
+        self.dim: int = reference.shape[1]
+        self._vision, self.vision = self._fast_or_plain(images[:3].to(self.device), reference)
+        self.precision, self.precision_error = "fp32", 0.0
+        if precision == "mixed" or (precision == "auto" and self.device.type == "cuda"):
+            self._try_mixed(required=precision == "mixed")
+
+    @classmethod
+    def load(cls, model: str, pretrained: str | None = None, *, device: str = "auto", precision: str = "auto"):
+        """A model by local folder (open_clip_config.json and weights), "hf-hub:...", or OpenCLIP name and tag.
+
+        `pretrained`: OpenCLIP's tag, or a local weights file, for an OpenCLIP name only.
+        `precision`: "fp32"; "mixed" (bfloat16 products, float32 residual stream); "auto" is fp32 on a CPU and
+        on CUDA mixed where that passes the check `MAX_SHIFT_ERROR`. Raises EncoderError; never random weights.
+        """
+        if precision not in PRECISIONS:
+            raise EncoderError(f"precision {precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
+        place = _device(device)
+        source, name, weights = _resolve(str(model), pretrained)
+        try:
+            loaded = open_clip.create_model(
+                source,
+                pretrained,
+                device=place,
+                force_quick_gelu=_wants_quick_gelu(source, pretrained),
+                pretrained_text=False,
+                require_pretrained=True,
+                weights_only=True,
+            )
+        # A broken config or weights file may raise anything in there; all of it ends in the one line.
+        except Exception as error:
+            raise EncoderError(f"{name}: cannot be loaded by OpenCLIP: {_first_lines(error)}") from error
+        loaded.eval().requires_grad_(False)
+        if weights is not None:
+            _refuse_stretched(name, weights, loaded)
+        digest = _file_hash(weights) if weights is not None else _tensor_hash(loaded)
+        return cls(loaded, source, name=name, weights_hash=digest, precision=precision)
+
+    def encode(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray, capture: Sequence[str] = ()) -> Encoded:
+        """Embeddings of RGB squares of any one size, in one pass. `capture`: points named in `hooks`.
+
+        Capturing takes OpenCLIP's own forward (same embeddings up to rounding). A batch may be of any size: an
+        image's embedding depends on its neighbours by rounding only.
+        """
+        pixels = self._pixels(images)
+        embedding = torch.empty(len(pixels), self.dim)
+        if capture:
+            with captured(self.model.visual, capture) as found, torch.inference_mode():
+                embedding.copy_(self._plain(pixels))
+            # Cloned outside inference mode: a caller may want gradients through them.
+            return Encoded(embedding, {point: tensor.float().cpu().clone() for point, tensor in found.items()})
+        if len(pixels):
+            with torch.inference_mode():
+                embedding.copy_(self._vision(pixels))
+        return Encoded(embedding, {})
+
+    def preprocess(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray) -> Float[Tensor, "image 3 size size"]:
+        """The model's input: as OpenCLIP's own transform makes it from the same images."""
+        return self._normalised(self._pixels(images))
+
+    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
+        """Unnormalised projected embeddings of `texts`, float32, on the CPU. Always in fp32."""
+        if isinstance(texts, str):
+            raise EncoderError(f"texts is the single string {texts!r}; a list of strings is wanted")
+        texts, found = list(texts), torch.empty(len(texts), self.dim)
+        for start in range(0, len(texts), 256):
+            part = slice(start, start + 256)
+            with torch.no_grad():
+                found[part] = self.model.encode_text(self.tokenizer(texts[part]).to(self.device)).cpu()
+        return found
+
+    def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "name dim"]:
+        """Unit-norm class directions: each class the mean of its normalised prompts, by OpenCLIP's own function."""
+        if isinstance(classes, str) or not classes:
+            raise EncoderError(f"classes is {classes!r}; a list of one or more names is wanted")
+        if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+            raise EncoderError(f"templates is {templates!r}; a list of texts with {{}} in each is wanted")
+        weights = open_clip.build_zero_shot_classifier(
+            self.model, self.tokenizer, list(classes), list(templates), device=self.device
+        )
+        return weights.T.float().cpu().contiguous()
+
+    @property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """OpenCLIP's tokenizer of this model, loaded on first use (images alone need none)."""
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = open_clip.get_tokenizer(self._source)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                raise EncoderError(f"{self.name}: its tokenizer cannot be loaded: {_first_lines(error)}") from error
+        return self._tokenizer
+
+    def _pixels(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray) -> UInt8[Tensor, "image size size 3"]:
+        """Checked, resized as OpenCLIP would (on the CPU: the same pixels for every device), on the device."""
+        if not isinstance(images, Tensor):
+            images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[3] != 3
+            or images.shape[1] != images.shape[2]
+        ):
+            raise EncoderError(
+                f"images of {images.dtype} and shape {tuple(images.shape)}; "
+                "accepted: uint8 squares of shape (image, size, size, 3)"
+            )
+        if images.shape[1] != self.image_size and len(images):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images.cpu().permute(0, 3, 1, 2), size, mode=self._mode, antialias=True)
+            images = images.permute(0, 2, 3, 1)
+        return images.to(self.device)
+
+    def _normalised(self, pixels: UInt8[Tensor, "image h w 3"]) -> Float[Tensor, "image 3 h w"]:
+        """The three steps of torchvision's ToTensor and Normalize, in their order: equal to the last bit."""
+        channels = pixels.permute(0, 3, 1, 2).float().contiguous()
+        mean, std = (channels.new_tensor(values).reshape(3, 1, 1) for values in (self._mean, self._std))
+        return channels.div_(255).sub_(mean).div_(std)
+
+    def _plain(
+        self, pixels: UInt8[Tensor, "image h w 3"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "image dim"]:
+        """OpenCLIP's own forward: the oracle, and the way for towers that `fastpath` does not know."""
+        # cuDNN's convolutions would otherwise round to TF32 in "fp32".
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
+        ):
+            return self.model.encode_image(self._normalised(pixels)).float()
+
+    def _fast_or_plain(self, pixels: Tensor, reference: Tensor) -> tuple[Vision, str]:
+        """The fast path in fp32 if it gives `reference` for `pixels`, else the plain one and why."""
+        packed = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        reason = ""
+        for attempt in (True, False) if packed else (False,):
+            try:
+                fast = self._build_fast(torch.float32, attempt)
+                difference = (fast(pixels) - reference).abs().max() / reference.abs().max()
+            except NotFast as unknown:
+                return self._plain, f"plain: {unknown}"
+            # The private operations are gone, or take other arguments, in some torch: the next attempt has none.
+            except (AttributeError, RuntimeError, TypeError) as error:
+                reason = _first_lines(error)
+                continue
+            if difference <= FAST_TOLERANCE:
+                self._packed = attempt
+                return fast, "fast" if attempt or not packed else f"fast, not prepacked: {reason}"
+            reason = f"differs by {float(difference):.1e}"
+        return self._plain, f"plain: {reason}"
+
+    def _build_fast(self, dtype: torch.dtype, packed: bool) -> Vision:
+        with torch.inference_mode():
+            fast = FastVision.build(self.model.visual, self._mean, self._std, dtype=dtype, packed=packed)
+
+        def run(pixels: UInt8[Tensor, "image h w 3"]) -> Float[Tensor, "image dim"]:
+            with torch.inference_mode():
+                return fast(pixels)
+
+        return run
+
+    def _try_mixed(self, *, required: bool) -> None:
+        """Take bfloat16 products if they pass the check; if not, stay in fp32, or raise where `required`."""
+        images, n_views = check_views(self.image_size)
+        images = images.to(self.device)
+        if self.vision.startswith("fast"):
+            mixed = self._build_fast(torch.bfloat16, self._packed)
+            try:
+                mixed(images[:1])
+            except RuntimeError:  # oneDNN refuses bfloat16 where the processor has no AVX-512; torch's product works
+                mixed = self._build_fast(torch.bfloat16, False)
+        else:
+            mixed = partial(self._plain, dtype=torch.bfloat16)
+        error = shift_error(mixed(images).cpu(), self._vision(images).cpu(), n_views)
+        if error <= MAX_SHIFT_ERROR:
+            self._vision, self.precision, self.precision_error = mixed, "mixed", error
+        elif required:
+            raise EncoderError(
+                f"{self.name}: precision 'mixed' moves a mean 1 - cosine by {error:.1%}, "
+                f"more than {MAX_SHIFT_ERROR:.0%}; accepted here: fp32"
+            )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise EncoderError(f"device {device!r} is unknown; accepted: auto, cpu, cuda, cuda:N") from error
+    if place.type not in ("cpu", "cuda"):
+        raise EncoderError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise EncoderError(f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return place
+
+
+def _resolve(model: str, pretrained: str | None) -> tuple[str, str, Path | None]:
+    """What OpenCLIP is to be asked for, the name for reports, and the weights file where there is only one."""
+    if model.startswith("hf-hub:"):
+        _refuse_tag(model, pretrained)
+        return model, model, None
+    folder = Path(model.removeprefix("local-dir:"))
+    names = open_clip.list_models()
+    if model.replace("/", "-") in names:
+        return (
+            model,
+            f"{model}/{_known_tag(model, pretrained)}",
+            Path(pretrained) if os.path.isfile(pretrained) else None,
+        )
+    if folder.is_dir():
+        _refuse_tag(model, pretrained)
+        if not (folder / "open_clip_config.json").is_file():
+            raise EncoderError(f"{folder}: has no open_clip_config.json; a folder saved for OpenCLIP is wanted")
+        weights = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".pth")]
+        if not weights:
+            raise EncoderError(f"{folder}: has no weights; open_clip_model.safetensors is wanted beside its config")
+        return f"local-dir:{folder}", folder.resolve().name, weights[0] if len(weights) == 1 else None
+    if model.startswith("local-dir:") or "/" in model or os.sep in model or model.startswith("."):
+        raise EncoderError(f"{folder}: no such folder; a folder with open_clip_config.json and weights is wanted")
+    near = ", ".join(difflib.get_close_matches(model, names, n=3, cutoff=0.3)) or "open_clip.list_models()"
+    raise EncoderError(f"model {model!r} is neither a folder nor known to OpenCLIP; nearest names: {near}")
+
+
+def _refuse_tag(model: str, pretrained: str | None) -> None:
+    if pretrained is not None:
+        raise EncoderError(f"pretrained {pretrained!r} with {model}: it brings its own weights; leave pretrained empty")
+
+
+def _known_tag(model: str, pretrained: str | None) -> str:
+    """The tag or file name of the weights; an error if OpenCLIP would keep random ones."""
+    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
+    accepted = f"{', '.join(tags)}, or a weights file" if tags else "a weights file"
+    if pretrained is None:
+        raise EncoderError(f"model {model!r} without pretrained would have random weights; accepted: {accepted}")
+    if os.path.isfile(pretrained):
+        return Path(pretrained).name
+    if pretrained not in tags:
+        raise EncoderError(f"pretrained {pretrained!r} is unknown for {model}; accepted: {accepted}")
+    return pretrained
+
+
+def _wants_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether the tag's weights were trained with QuickGELU: OpenCLIP would only warn and run GELU instead."""
+    settings = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else {}
+    return bool(settings.get("quick_gelu"))
+
+
+def _refuse_stretched(name: str, weights: Path, model: nn.Module) -> None:
+    """OpenCLIP interpolates position embeddings of another size in silence: an error here."""
+    if weights.suffix != ".safetensors":
+        return
+    state = model.state_dict()
+    with safe_open(weights, "pt") as stored:
+        for key in set(stored.keys()) & set(state):
+            there, here = stored.get_slice(key).get_shape(), state[key].shape
+            if np.prod(there) != here.numel():
+                raise EncoderError(
+                    f"{name}: {key} is {list(there)} in {weights.name}, but {list(here)} by the config (image_size, "
+                    "patch_size or context_length differ); a config that matches the weights is wanted"
+                )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensor_hash(model: nn.Module) -> str:
+    """SHA-256 over name, shape and float32 bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _first_lines(error: BaseException) -> str:
+    """What an error says, in one line: torch lists a hundred mismatched tensors under a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

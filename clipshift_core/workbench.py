@@ -1,0 +1,99 @@
+"""What every notebook starts from: a profile opened, its images listed, its model loaded, its one pass measured.
+
+bench = Workbench.open("02", profile, overrides)
+bench.shifts          # the tidy table of the one pass; computed on the first run, read on the next
+bench.show(figure, "l2-by-augmentation", alt="...")
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+from jaxtyping import UInt8
+
+from clipshift_core import canvas, images, manifests, provenance, shift
+from clipshift_core.encoder import Encoder
+from clipshift_core.manifests import Manifest
+from clipshift_core.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """One notebook's view of one run. Everything heavy is made when first asked for, and kept on disk if it can be."""
+
+    notebook: str
+    """The notebook's number; its figures and tables are named after it."""
+    profile: Profile
+
+    @classmethod
+    def open(cls, notebook: str, profile: str | Path, overrides: Mapping[str, object] | None = None) -> "Workbench":
+        """Read and check the profile, and set how figures are shown. Raises ProfileError."""
+        chosen = Profile.load(profile, dict(overrides or {}))
+        chosen.check()
+        canvas.use_renderer()
+        return cls(notebook, chosen)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The images of the run; listed and checked once for a source, then read."""
+        source = provenance.digest(self.profile.source_path)["sha256"]
+        key = hashlib.sha256(json.dumps([source, self.profile.n_images, self.profile.seed]).encode()).hexdigest()
+        folder = self.profile.run_dir / "arrays" / f"manifest-{key[:12]}"
+        if (folder / "manifest.parquet").exists() and (folder / "set_aside.parquet").exists():
+            return Manifest.load(folder)
+        made = manifests.build(self.profile.source_path, n_images=self.profile.n_images, seed=self.profile.seed)
+        made.save(folder)
+        return made
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The model of the run."""
+        model = str(self.profile.model_dir or self.profile.model)
+        return Encoder.load(
+            model, self.profile.pretrained, device=self.profile.device, precision=self.profile.precision
+        )
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """The one pass: embedding (image, view, feature) and each metric (image, augmentation)."""
+        return shift.measure(self.profile, self.manifest, self.encoder)
+
+    @cached_property
+    def shifts(self) -> pd.DataFrame:
+        """One row per image and augmentation: image_id, augmentation, l2, l2_normalised, cosine."""
+        return shift.table(self.dataset)
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """The arguments of every bootstrap of the run."""
+        return {"n_resamples": self.profile.n_bootstrap, "seed": self.profile.seed}
+
+    def picture(self, image_id: str) -> UInt8[np.ndarray, "size size 3"]:
+        """An image of the manifest as the pass sees it: decoded, upright, resized."""
+        row = self.manifest.images.set_index("image_id", drop=False).loc[image_id]
+        return images.resize(images.decode(manifests.read(row, self.profile.source_path)), self.profile.image_size)
+
+    def keep(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Write a table to runs/<profile>/tables/NN-name.csv and return it, so that the cell shows it."""
+        folder = self.profile.run_dir / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_csv(folder / f"{self.notebook}-{name}.csv", index=False, float_format="%.9g")
+        return table
+
+    def show(self, figure: go.Figure, name: str, *, alt: str) -> go.Figure:
+        """Export a figure to runs/<profile>/figures/NN-name.* and return it, so that the cell shows it."""
+        made_by = {
+            "commit": provenance.commit(),
+            "notebook": self.notebook,
+            "profile": self.profile.name,
+            "digest": self.profile.digest,
+        }
+        canvas.export(figure, f"{self.notebook}-{name}", self.profile.run_dir / "figures", alt=alt, provenance=made_by)
+        return figure

@@ -1,0 +1,187 @@
+"""Speed of the one pass on ViT-B/32 against the yardstick: medians of alternating runs on all cores.
+
+    .venv/bin/python tests/bench/run.py [rounds]
+
+On a busy machine only one thread gives ratios worth reading: OMP_NUM_THREADS=1.
+
+Every contestant is a process of its own, with the environment it would have: ours with the allocator settings that
+the runner gives its kernels, the yardstick with none. Prints a table and writes runs/bench.json. The floor is the time
+that the matrix products alone would take at the best rate measured here, counted over the whole of the reference's
+ten forward passes.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[2]
+N_IMAGES, N_VIEWS = 8, 10
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+"""Freed activations stay with the process, rather than being mapped and zeroed again for every product."""
+CONTESTANTS = {"yardstick": {}, "ours, fp32": ALLOCATOR, "ours, mixed": ALLOCATOR}
+
+
+def main(n_rounds: int = 5) -> None:
+    load = os.getloadavg()[0]
+    workers = {name: start(name, environment) for name, environment in CONTESTANTS.items()}
+    seconds = {name: [] for name in workers}
+    gflops = []
+    for _ in range(n_rounds):
+        for name, worker in workers.items():
+            answer = ask(worker)
+            seconds[name].append(answer["seconds"])
+            gflops.append(answer["gflops"])
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+
+    per_image = {name: median(each) / N_IMAGES for name, each in seconds.items()}
+    peak, gflop = max(gflops), gflop_per_image()
+    floor = gflop / peak
+    result = {
+        "ms_per_image": {name: 1e3 * each for name, each in per_image.items()},
+        "images_per_second": {name: 1 / each for name, each in per_image.items()},
+        "times_the_yardstick": {name: per_image["yardstick"] / each for name, each in per_image.items()},
+        "share_of_fp32_floor": {name: floor / each for name, each in per_image.items()},
+        "floor_ms_per_image": 1e3 * floor,
+        "gflop_per_image": gflop,
+        "gemm_peak_gflops_fp32": peak,
+        "rounds": seconds,
+        "images": N_IMAGES,
+        "views": N_VIEWS,
+        "threads": n_threads(),
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+    path = ROOT / "runs" / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+    print(
+        f"ViT-B/32, random weights, {N_IMAGES} images x {N_VIEWS} views, {n_rounds} alternating rounds, "
+        f"{n_threads()} threads, medians"
+    )
+    print(f"{'':14}{'ms/image':>10}{'images/s':>10}{'yardstick':>11}{'of floor':>10}")
+    for name, each in per_image.items():
+        ratio, share = per_image["yardstick"] / each, floor / each
+        print(f"{name:14}{1e3 * each:10.0f}{1 / each:10.2f}{ratio:10.2f}x{share:10.0%}")
+    print(f"floor: {gflop:.0f} GFLOP an image at {peak:.0f} GFLOP/s in fp32 = {1e3 * floor:.0f} ms")
+    if load > 0.5:
+        print(f"the machine was busy before the start (load {load:.1f}): only the ratios mean something")
+    print(f"written: {path.relative_to(ROOT)}")
+
+
+def start(name: str, environment: dict[str, str]) -> subprocess.Popen:
+    threads = {"OMP_NUM_THREADS": str(n_threads()), "OPENBLAS_NUM_THREADS": "1"}
+    inherited = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    return subprocess.Popen(
+        [sys.executable, __file__, "--worker", name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=inherited | threads | environment,
+    )
+
+
+def n_threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+
+
+def ask(worker: subprocess.Popen) -> dict:
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        raise SystemExit("a contestant of the benchmark ended early; its error is above")
+    return json.loads(answer)
+
+
+def work(name: str) -> None:
+    """One contestant: a line in, one batch timed (after one untimed), a line out."""
+    import numpy as np
+
+    # Libraries print on stdout; the answers have it to themselves.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # OpenCLIP says that the weights are random: here they are meant to be
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (N_IMAGES, 224, 224, 3), dtype=np.uint8)
+    if name == "yardstick":
+        from yardstick import build
+
+        run = build()
+    else:
+        run = ours(name.removeprefix("ours, "))
+    run(images)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run(images)
+        seconds = time.perf_counter() - start
+        answers.write(json.dumps({"seconds": seconds, "gflops": gemm_gflops()}) + "\n")
+        answers.flush()
+
+
+def ours(precision: str):
+    import numpy as np
+    import open_clip
+
+    from clipshift_core.augment import views
+    from clipshift_core.encoder import Encoder
+
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval().requires_grad_(False)
+    encoder = Encoder(model, "ViT-B-32-quickgelu", name="random ViT-B/32", weights_hash="", precision=precision)
+    drawn = np.empty((N_IMAGES, N_VIEWS, 224, 224, 3), np.uint8)
+
+    def run(images):
+        for i, image in enumerate(images):
+            drawn[i] = views(image, seed=0, image_id=str(i))
+        return encoder.encode(drawn.reshape(-1, 224, 224, 3)).embedding
+
+    return run
+
+
+def gemm_gflops() -> float:
+    """Best rate of one float32 product of the encoder's largest layer, prepacked where torch can."""
+    import torch
+
+    x, w = torch.randn(800, 768), torch.randn(3072, 768)
+    candidates = [lambda: torch.nn.functional.linear(x, w)]
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
+        candidates.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    best = 0.0
+    for product in candidates:
+        for _ in range(10):
+            start = time.perf_counter()
+            product()
+            best = max(best, 2e-9 * x.numel() * len(w) / (time.perf_counter() - start))
+    return best
+
+
+def gflop_per_image() -> float:
+    """Counted by torch over OpenCLIP's own forward of ten views."""
+    import open_clip
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        visual = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32")).visual.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            visual(torch.empty(1, 3, 224, 224))
+    return N_VIEWS * counter.get_total_flops() / 1e9
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+    else:
+        main(*map(int, sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""Guards over the committed notebooks, and the proof that their comparison (conftest.py, nbval) can fail."""
+
+import ast
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import jupytext
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+from clipshift_core.profiles import ROOT
+from clipshift_core.publish import WIDGET, clean
+from clipshift_core.reproduce import KERNELSPEC, PARAMETERS, parameters_of
+
+SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
+EXECUTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONGEST_FUNCTION = 5
+LARGEST = 1500 * 1024
+ABSOLUTE_PATH = re.compile(r"(?<![\w/:.])/(home|Users|root|tmp|opt|mnt|usr|var|private|work)/\w")
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+each_executed = pytest.mark.parametrize("path", EXECUTED, ids=lambda path: path.name)
+
+
+def code_cells(node):
+    return [cell for cell in node.cells if cell.cell_type == "code"]
+
+
+def outline(node):
+    """What the two halves of a pair must share."""
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in node.cells]
+
+
+def strings(value):
+    """All text in an output, images and packed arrays left out: base64 has slashes, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if not key.startswith("image/") and key != "bdata":
+                yield from strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+def long_functions(source):
+    """Names of the functions with more than five lines (magics and shell lines are no Python, so no function)."""
+    plain = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+    functions = [
+        node for node in ast.walk(ast.parse(plain)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [node.name for node in functions if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION]
+
+
+def test_notebooks_come_in_pairs():
+    assert [path.stem for path in SOURCES] == [path.stem for path in EXECUTED]
+
+
+@each_executed
+def test_pair_has_the_same_cells(path):
+    written = jupytext.read(path.with_suffix(".py"), fmt="py:percent")
+    assert outline(nbformat.read(path, as_version=4)) == outline(written)
+
+
+@each_executed
+def test_every_cell_was_run_in_order_without_error(path):
+    cells = [cell for cell in code_cells(nbformat.read(path, as_version=4)) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # null is never compared
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert any(cell.outputs for cell in cells)
+
+
+@each_executed
+def test_carries_no_noise(path):
+    node = nbformat.read(path, as_version=4)
+    assert "widgets" not in node.metadata and "papermill" not in node.metadata
+    assert all(set(cell.metadata) <= {"tags"} for cell in node.cells)
+    outputs = [output for cell in code_cells(node) for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr" or WIDGET in output.get("data", {})]
+    assert not [text[:200] for text in strings(outputs) if ABSOLUTE_PATH.search(text)]
+    assert path.stat().st_size < LARGEST
+
+
+@each_source
+def test_parameters_are_the_two_and_literal(path):
+    defaults = parameters_of(jupytext.read(path, fmt="py:percent"), path.name)
+    assert defaults == {"profile": "demo", "overrides": {}} and set(defaults) == set(PARAMETERS)
+
+
+@each_source
+def test_defines_no_long_function(path):
+    cells = code_cells(jupytext.read(path, fmt="py:percent"))
+    assert [name for cell in cells for name in long_functions(cell.source)] == []
+
+
+def test_long_functions_are_seen():
+    short, long = ("def f():\n" + "    x = 1\n" * n for n in (4, 5))
+    assert long_functions(short) == [] and long_functions("%matplotlib inline\n" + long) == ["f"]
+
+
+@pytest.mark.parametrize("text", ["/home/someone/x.png", "saved to '/tmp/x'"])
+def test_absolute_paths_are_seen(text):
+    assert ABSOLUTE_PATH.search(text)
+
+
+@pytest.mark.parametrize("text", ["https://example.org/home/page", "runs/tmp/x", "1/2", "data/home/x"])
+def test_other_slashes_are_no_paths(text):
+    assert not ABSOLUTE_PATH.search(text)
+
+
+def test_clean_leaves_sources_counts_and_outputs_only():
+    outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="noise"),
+        nbformat.v4.new_output("stream", name="stdout", text="read /here/it/is/data/x.tar"),
+        nbformat.v4.new_output("display_data", {WIDGET: {"model_id": "1"}, "text/plain": "HBox()"}),
+    ]
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=outputs)
+    cell.metadata = nbformat.from_dict({"papermill": {"duration": 1}, "execution": {}, "tags": ["parameters"]})
+    node = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}})
+    cleaned = clean(node, "/here/it/is")
+    nbformat.validate(cleaned)
+    assert set(cleaned.metadata) == {"kernelspec", "language_info"}
+    assert cleaned.cells[0].metadata == {"tags": ["parameters"]} and cleaned.cells[0].execution_count == 1
+    assert [output.text for output in cleaned.cells[0].outputs] == ["read data/x.tar"]
+
+
+# The proof: a small notebook is run, one thing in each cell's committed output (or source) is changed, and nbval
+# has to tell the changes that matter from those that do not.
+
+SETUP = """
+import sys, time
+import numpy as np, pandas as pd, plotly.graph_objects as go, plotly.io
+plotly.io.renderers.default = "plotly_mimetype"
+def figure(seed=7, title="Shift"):
+    return go.Figure(go.Scatter(y=np.random.default_rng(seed).normal(size=9)), {"title": {"text": title}})
+"""
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def replaced(old, new):
+    """A change of text in a cell's outputs."""
+
+    def change(cell):
+        text = json.dumps(cell.outputs)
+        assert old in text
+        cell.outputs = nbformat.from_dict(json.loads(text.replace(old, new)))
+
+    return change
+
+
+def moved(by):
+    """A change of one point of a figure, inside plotly's base64."""
+
+    def change(cell):
+        packed = cell.outputs[0]["data"][PLOTLY]["data"][0]["y"]
+        values = np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"]).copy()
+        values[3] += by
+        packed["bdata"] = base64.b64encode(values.tobytes()).decode()
+
+    return change
+
+
+def reseeded(cell):
+    assert "seed=1" in cell.source
+    cell.source = cell.source.replace("seed=1", "seed=2")
+
+
+def unchanged(cell):
+    pass
+
+
+TABLE = 'pd.DataFrame({"l2": [1.2345, 2.5]})'
+MUST_FAIL = {
+    "a printed digit": ('print(f"mean {0.43214:.4f}")', replaced("0.4321", "0.4322")),
+    "a table digit": (TABLE, replaced("1.2345", "1.2346")),
+    "a figure point moved by 0.01": ("figure()", moved(0.01)),
+    "a title": ("figure()", replaced("Shift", "Shaft")),
+    "a seed": ("figure(seed=1)", reseeded),
+    "an output gone": ("print(1)", lambda cell: cell.update(outputs=[])),
+}
+MUST_PASS = {
+    "nothing": (TABLE, unchanged),
+    "elapsed time": ('print(f"took {time.perf_counter():.3f} s")', replaced("took ", "took 1")),
+    "an address": ("object()", replaced("0x", "0x1")),
+    "the 16th digit": ("print(0.1234567890123456)", replaced("0.1234567890123456", "0.1234567890123451")),
+    "a figure point moved by 1e-9": ("figure()", moved(1e-9)),
+    "standard error": ("print('late', file=sys.stderr)", lambda cell: cell.update(outputs=[])),
+}
+
+
+def test_nbval_fails_for_what_matters_and_only_then(tmp_path):
+    cases = MUST_FAIL | MUST_PASS
+    cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, *(source for source, _ in cases.values()))]
+    node = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNELSPEC})
+    nbformat.write(node, tmp_path / "tiny.ipynb")
+    node = papermill.execute_notebook(tmp_path / "tiny.ipynb", tmp_path / "tiny.ipynb", progress_bar=False)
+    for cell, (_, change) in zip(node.cells[1:], cases.values(), strict=True):
+        change(cell)
+    nbformat.write(node, tmp_path / "tiny.ipynb")
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--junitxml=report.xml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    report = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
+    failed = [case.find("failure") is not None for case in report]
+    assert len(failed) == 1 + len(cases), done.stdout
+    verdicts = dict(zip(cases, failed[1:], strict=True))
+    assert not failed[0] and verdicts == {case: case in MUST_FAIL for case in cases}, done.stdout
