@@ -226,12 +226,14 @@ def _start_drawing(path: str, timeout: float = 120.0) -> str | None:
     caller waits for ever, so the first call is made from a thread of its own while we watch both.
     """
     errors: list[BaseException] = []
-    hook, before = threading.excepthook, set(threading.enumerate())
+    hook = threading.excepthook
     threading.excepthook = lambda failed: errors.append(failed.exc_value)
     try:
         # no formula is set in a figure, and fetching MathJax would need a network
         kaleido.start_sync_server(silence_warnings=True, mathjax=False)
-        server = next(iter(set(threading.enumerate()) - before), threading.current_thread())
+        # By name: the server's browser starts threads of its own at once, so that comparing lists of threads may
+        # find one of those. Where a later kaleido has no such name, only the timeout is left to tell.
+        server = getattr(getattr(kaleido, "_global_server", None), "_thread", threading.main_thread())
         options = {"format": "png", "width": 20, "height": 20}
         first = threading.Thread(
             target=kaleido.calc_fig_sync, args=(go.Figure().to_dict(), options), daemon=True, name="first figure"

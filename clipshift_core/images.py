@@ -3,12 +3,17 @@
 One decoder, Pillow, for every format. OpenCV decodes a JPEG of 512 x 512 in 1.0 ms where Pillow takes 1.4,
 with equal pixels, but on damaged files its codecs write to the process's stderr, which no caller can silence
 from a thread. The difference is a thousandth of what encoding an image and its nine views costs on a CPU.
+Pillow's libtiff does the same, and can be told not to.
 """
 
+import ctypes
 import io
+import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
+import PIL
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -39,6 +44,11 @@ _UPRIGHT = {
 _EXIF_ORIENTATION = 0x0112
 
 Image.init()  # registers every format now: doing so on first use is not safe from several threads
+# Pillow silences libtiff's warnings and leaves its errors, which it raises as well; its wheels bring the library along.
+for _libtiff in Path(PIL.__file__).parents[1].glob("pillow.libs/libtiff*"):
+    ctypes.CDLL(str(_libtiff)).TIFFSetErrorHandler(None)
+# What Pillow logs goes to whoever listens; without a listener Python would print it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class Unreadable(Exception):

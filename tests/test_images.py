@@ -215,7 +215,7 @@ SAMPLES = [
 EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)), max_size=8)
 
 
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.sampled_from(SAMPLES), EDITS, st.floats(0.5, 1))
 def test_bytes_of_any_kind_give_pixels_or_unreadable(data, edits, keep):
     data = bytearray(data)
