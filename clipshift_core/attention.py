@@ -10,7 +10,7 @@ plain, rotary, grouped or EVA attention and latent pooling. Whatever else is ref
 is not listed in `KNOWN_PARTS` could use it before the softmax, and its rows would then be wrong without a sign.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 POOL = "pool"
 """The name, among blocks, of the tower's attentional pooling."""
@@ -76,23 +77,44 @@ def captured_attention(
     """
     if rows not in ("cls", "all"):
         raise AttentionError(f"rows {rows!r} is unknown; accepted: cls, all")
-    tower, found, handles = _tower(visual), _Found(), []
+    found, handles = _Found(), []
     try:
         for block in blocks:
-            path = _path(visual, tower, block, rows)
-            module = visual.get_submodule(path)
-            _check(module, path)
-            hook = partial(_keep, found, block, path, rows == "cls")
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(attach(visual, block, rows, partial(found.__setitem__, block)))
         yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
+def attach(visual: nn.Module, block: int | str, rows: str, keep: Callable[[Rows | Matrix], None]) -> RemovableHandle:
+    """Call `keep` with the rows of one block at every forward, as `captured_attention` has them, until removed."""
+    path = _path(visual, _tower(visual), block, rows)
+    module = visual.get_submodule(path)
+    _check(module, path)
+    hook = partial(_keep, keep, path, rows == "cls")
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def n_blocks(visual: nn.Module) -> int:
     """Number of blocks whose attention `captured_attention` can be asked for (0 in a ResNet: only "pool")."""
     return len(_tower(visual).blocks)
+
+
+def n_heads(visual: nn.Module) -> int:
+    """Number of heads of each block (of the pooling in a tower without blocks)."""
+    tower = _tower(visual)
+    return visual.get_submodule((*tower.blocks, tower.pool)[0]).num_heads
+
+
+def block_path(visual: nn.Module, block: int) -> str:
+    """Path below the tower of block `block`, whose output is the residual stream after it."""
+    return _tower(visual).blocks[block].removesuffix(".attn")
+
+
+def has_class_token(visual: nn.Module) -> bool:
+    """Whether the first token of the residual stream is a class token."""
+    return _tower(visual).has_class_token
 
 
 def patch_grid(visual: nn.Module) -> tuple[int, int]:
@@ -252,14 +274,14 @@ def _projections(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tens
     return weights[0].float(), float_biases[0], weights[1].float(), float_biases[1]
 
 
-def _keep(found: dict, block: int | str, path: str, first_only: bool, module: nn.Module, args: tuple, kwargs: dict):
-    """The hook: compute the rows from the module's input and put them into `found`."""
+def _keep(keep: Callable, path: str, first_only: bool, module: nn.Module, args: tuple, kwargs: dict):
+    """The hook: compute the rows from the module's input and hand them to `keep`."""
     if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
         raise AttentionError(f"visual.{path}: was called with a mask; only attention over all tokens can be read")
     with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
         query, key = _inputs(module, args)
         matrix = _matrix(module, query[:, :1] if first_only else query, key, kwargs.get("rope"))
-        found[block] = matrix[:, :, 0] if first_only else matrix
+        keep(matrix[:, :, 0] if first_only else matrix)
 
 
 def _inputs(

@@ -82,14 +82,25 @@ class Metric(NamedTuple):
     @property
     def inline(self) -> str:
         """The name within a sentence."""
-        return self.label if self.label.startswith("L2") else self.label[0].lower() + self.label[1:]
+        return self.label if self.label.startswith(("L2", "SSIM")) else self.label[0].lower() + self.label[1:]
 
 
 METRICS = {
     "l2": Metric("L2 distance", "units of the embedding", True, (0, float("inf"))),
     "l2_normalised": Metric("L2 distance of unit vectors", "0 same, 2 opposite", True, (0, 2)),
     "cosine": Metric("Cosine similarity", "1 same, 0 unrelated", False, (-1, 1)),
+    "attention": Metric("Attention similarity", "1 same, 0.5 opposite", False, (0.5, 1)),
+    "patch": Metric("Patch similarity", "1 same, 0.5 opposite", False, (0.5, 1)),
+    "patch_published": Metric("Patch similarity as published", "1 same, 0.996 least possible", False, (0.996, 1)),
+    "edge": Metric("Edge preservation", "1 same, 0 opposite", False, (0, 1)),
+    "detail": Metric("Detail preservation", "1 same, 0 lost", False, (0, 1)),
+    "ssim": Metric("SSIM", "1 same, 0 unrelated", False, (-1, 1)),
+    "mse": Metric("Mean squared error", "squared grey levels", True, (0, 255.0**2)),
 }
+"""Those of the one pass, in the reading order: three of the embedding, then attention, then pixels."""
+
+SIMILARITIES = ("cosine", "attention", "patch", "edge", "detail")
+"""The five that paper A's radar, bars and heatmap compare, in its order."""
 
 CONFIG = {"displaylogo": False, "showSendToCloud": False}
 """Of every shown figure: no advertisement, and no button that sends a reader's data away."""

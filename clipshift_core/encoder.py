@@ -6,7 +6,7 @@ OpenCLIP only logs a line when it keeps random weights or stretches a position e
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from jaxtyping import Float, UInt8
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import attention, hooks
 from .fastpath import FastVision, NotFast, check_views, shift_error
-from .hooks import captured
 
 PRECISIONS = ("auto", "fp32", "mixed")
 MAX_SHIFT_ERROR = 0.03
@@ -28,7 +28,8 @@ MAX_SHIFT_ERROR = 0.03
 FAST_TOLERANCE = 1e-4
 """Largest difference of fast path and OpenCLIP's own forward, relative to the largest entry; measured 1e-6."""
 
-Vision = Callable[[UInt8[Tensor, "image h w 3"]], Float[Tensor, "image dim"]]
+Vision = Callable[..., tuple[Float[Tensor, "image dim"], dict[str, Tensor]]]
+"""(pixels uint8 (image, size, size, 3), points) -> embeddings and what was captured."""
 
 
 class EncoderError(Exception):
@@ -51,6 +52,8 @@ class Encoder:
     name: what was asked for, without the folders above it.  device: torch.device.
     precision: "fp32" or "mixed", as in use.
     dim, image_size: width of the embedding, side of the model's own square input in pixels.
+    n_blocks, n_heads, width, grid: of the vision tower: blocks, heads in each, width of its residual stream, (rows,
+        columns) of patches; all 0 for a tower that `attention` does not know.
     logit_scale: the factor on cosines (already exponentiated).
     weights_hash: SHA-256 (hex) of the one weights file where there is just one, else of the tensors.
     vision: "fast", or "plain: " and the reason why OpenCLIP's own forward is used.
@@ -71,8 +74,17 @@ class Encoder:
         self._mean, self._std = settings["mean"], settings["std"]
         self._mode = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
 
+        visual = model.visual
+        try:
+            self.n_blocks, self.n_heads = attention.n_blocks(visual), attention.n_heads(visual)
+            self.grid = attention.patch_grid(visual)
+        except attention.AttentionError:
+            self.n_blocks, self.n_heads, self.grid = 0, 0, (0, 0)
+
         images, _ = check_views(self.image_size)
-        reference = self._plain(images[:3].to(self.device))
+        first = {"token.0": hooks.Point("token", 0, False)} if self.n_blocks else {}
+        reference, found = self._plain(images[:3].to(self.device), first)
+        self.width: int = found["token.0"].shape[1] if first else 0
         if not reference.isfinite().all():
             raise EncoderError(f"{name}: its embeddings are not finite; the weights are damaged")
         self.dim: int = reference.shape[1]
@@ -115,20 +127,25 @@ class Encoder:
     def encode(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray, capture: Sequence[str] = ()) -> Encoded:
         """Embeddings of RGB squares of any one size, in one pass. `capture`: points named in `hooks`.
 
-        Capturing takes OpenCLIP's own forward (same embeddings up to rounding). A batch may be of any size: an
-        image's embedding depends on its neighbours by rounding only.
+        The class token and its attention rows come at next to no cost; other points, and towers that the fast path
+        does not know, take OpenCLIP's own forward, in fp32 (same embeddings up to rounding). A batch may be of any
+        size: an image's embedding depends on its neighbours by rounding only.
         """
         pixels = self._pixels(images)
-        embedding = torch.empty(len(pixels), self.dim)
-        if capture:
-            with captured(self.model.visual, capture) as found, torch.inference_mode():
-                embedding.copy_(self._plain(pixels))
-            # Cloned outside inference mode: a caller may want gradients through them.
-            return Encoded(embedding, {point: tensor.float().cpu().clone() for point, tensor in found.items()})
-        if len(pixels):
-            with torch.inference_mode():
-                embedding.copy_(self._vision(pixels))
-        return Encoded(embedding, {})
+        if not len(pixels):
+            return Encoded(torch.empty(0, self.dim), {})
+        points = {name: hooks.parse(self.model.visual, name) for name in capture}
+        in_hand = all(p.kind != "residual" and p.block != "pool" and not p.all_rows for p in points.values())
+        vision = self._vision if in_hand else self._plain
+        embedding, found = vision(pixels, points)
+        # Cloned outside inference mode: a caller may want gradients through them.
+        return Encoded(
+            embedding.float().cpu().clone(), {name: tensor.float().cpu().clone() for name, tensor in found.items()}
+        )
+
+    def readable(self, points: Sequence[str]) -> list[str]:
+        """Those of `points` (named in `hooks`) that this tower has."""
+        return hooks.readable(self.model.visual, points)
 
     def preprocess(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray) -> Float[Tensor, "image 3 size size"]:
         """The model's input: as OpenCLIP's own transform makes it from the same images."""
@@ -193,16 +210,20 @@ class Encoder:
         return channels.div_(255).sub_(mean).div_(std)
 
     def _plain(
-        self, pixels: UInt8[Tensor, "image h w 3"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "image dim"]:
+        self,
+        pixels: UInt8[Tensor, "image h w 3"],
+        points: Mapping[str, hooks.Point] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Float[Tensor, "image dim"], dict[str, Tensor]]:
         """OpenCLIP's own forward: the oracle, and the way for towers that `fastpath` does not know."""
         # cuDNN's convolutions would otherwise round to TF32 in "fp32".
         with (
             torch.inference_mode(),
             torch.backends.cudnn.flags(allow_tf32=False),
             torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
+            hooks.captured(self.model.visual, tuple(points or ())) as found,
         ):
-            return self.model.encode_image(self._normalised(pixels)).float()
+            return self.model.encode_image(self._normalised(pixels)).float(), found
 
     def _fast_or_plain(self, pixels: Tensor, reference: Tensor) -> tuple[Vision, str]:
         """The fast path in fp32 if it gives `reference` for `pixels`, else the plain one and why."""
@@ -211,7 +232,7 @@ class Encoder:
         for attempt in (True, False) if packed else (False,):
             try:
                 fast = self._build_fast(torch.float32, attempt)
-                difference = (fast(pixels) - reference).abs().max() / reference.abs().max()
+                difference = (fast(pixels)[0] - reference).abs().max() / reference.abs().max()
             except NotFast as unknown:
                 return self._plain, f"plain: {unknown}"
             # The private operations are gone, or take other arguments, in some torch: the next attempt has none.
@@ -228,9 +249,11 @@ class Encoder:
         with torch.inference_mode():
             fast = FastVision.build(self.model.visual, self._mean, self._std, dtype=dtype, packed=packed)
 
-        def run(pixels: UInt8[Tensor, "image h w 3"]) -> Float[Tensor, "image dim"]:
+        def run(
+            pixels: UInt8[Tensor, "image h w 3"], points: Mapping[str, hooks.Point] | None = None
+        ) -> tuple[Float[Tensor, "image dim"], dict[str, Tensor]]:
             with torch.inference_mode():
-                return fast(pixels)
+                return fast(pixels, {name: (point.kind, point.block) for name, point in (points or {}).items()})
 
         return run
 
@@ -246,7 +269,7 @@ class Encoder:
                 mixed = self._build_fast(torch.bfloat16, False)
         else:
             mixed = partial(self._plain, dtype=torch.bfloat16)
-        error = shift_error(mixed(images).cpu(), self._vision(images).cpu(), n_views)
+        error = shift_error(mixed(images)[0].cpu(), self._vision(images)[0].cpu(), n_views)
         if error <= MAX_SHIFT_ERROR:
             self._vision, self.precision, self.precision_error = mixed, "mixed", error
         elif required:

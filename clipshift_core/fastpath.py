@@ -7,11 +7,13 @@ What is saved against `model.encode_image`, none of it changing the result beyon
 - in the last block only the class token's query, projection and MLP (nothing reads the other tokens);
 - sub-batches whose activations stay in the cache.
 
+The class token and its attention row can be captured in any block at next to no cost: both are in hand.
+
 oneDNN's prepacked products are private torch operations, so nothing here is trusted: `encoder` compares a new
 `FastVision` with the model itself and drops it when they differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +143,22 @@ class FastVision:
             projection=visual.proj.detach(),
         )
 
-    def __call__(self, images: UInt8[Tensor, "image h w 3"]) -> Float[Tensor, "image dim"]:
-        """Unnormalised, projected embeddings of images that have the tower's own size."""
-        if images.is_cuda:
-            return self._sub_batch(images)
-        step = max(1, ROWS // (1 + len(self.position)))
-        return torch.cat([self._sub_batch(part) for part in images.split(step)])
+    def __call__(
+        self, images: UInt8[Tensor, "image h w 3"], points: Mapping[str, tuple[str, int]] | None = None
+    ) -> tuple[Float[Tensor, "image dim"], dict[str, Tensor]]:
+        """Unnormalised, projected embeddings of images that have the tower's own size, and what was captured.
 
-    def _sub_batch(self, images: UInt8[Tensor, "image h w 3"]) -> Float[Tensor, "image dim"]:
+        points: what to capture in the same pass, by name: ("token", K) or ("attention", K), as in `hooks`.
+        """
+        points = points or {}
+        step = len(images) if images.is_cuda else max(1, ROWS // (1 + len(self.position)))
+        parts = [self._sub_batch(part, points) for part in images.split(max(1, step))]
+        embedding = torch.cat([part for part, _ in parts])
+        return embedding, {name: torch.cat([found[name] for _, found in parts]) for name in points}
+
+    def _sub_batch(
+        self, images: UInt8[Tensor, "image h w 3"], points: Mapping[str, tuple[str, int]]
+    ) -> tuple[Float[Tensor, "image dim"], dict[str, Tensor]]:
         n, width = len(images), len(self.first)
         (rows, cols), (ph, pw) = self.grid, self.patch_size
         pixels = images[:, : rows * ph, : cols * pw].reshape(n, rows, ph, cols, pw, 3)
@@ -158,12 +168,17 @@ class FastVision:
         torch.add(self.patch(pixels).view(n, rows * cols, width), self.position, out=x[:, 1:])
         if self.norm_pre is not None:
             x = self.norm_pre(x)
-        for block in self.blocks:
-            x = self._block(block, x)
-        return self.norm_post(x[:, 0]) @ self.projection
+        found = {}
+        for index, block in enumerate(self.blocks):
+            x, attention = self._block(block, x, wants_attention=("attention", index) in points.values())
+            seen = {("token", index): x[:, 0], ("attention", index): attention}
+            found |= {name: seen[point].clone() for name, point in points.items() if point in seen}
+        return self.norm_post(x[:, 0]) @ self.projection, found
 
-    def _block(self, block: Block, x: Float[Tensor, "image token width"]) -> Float[Tensor, "image token width"]:
-        """One block; the last one returns the class token alone."""
+    def _block(
+        self, block: Block, x: Float[Tensor, "image token width"], *, wants_attention: bool
+    ) -> tuple[Float[Tensor, "image token width"], Float[Tensor, "image head token"] | None]:
+        """One block, and the class token's attention in it; the last one returns the class token alone."""
         n, tokens, width = x.shape
         h = block.norm_1(x).view(n * tokens, width)
         if block.qkv is not None:
@@ -173,9 +188,14 @@ class FastVision:
             q = block.query(h.view(n, tokens, width)[:, 0]).view(n, 1, self.heads, -1).transpose(1, 2)
             x, tokens = x[:, :1], 1
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * tokens, width)
+        attention = None
+        if wants_attention:
+            # the row alone: queries and keys are here, no library hands out the rest
+            scores = q[:, :, :1].float() @ k.float().transpose(2, 3) / q.shape[-1] ** 0.5
+            attention = scores[:, :, 0].softmax(-1)
         x = block.out(mixed, plus=x.reshape(n * tokens, width))
         x = block.down(block.up(block.norm_2(x)), plus=x)
-        return x.view(n, tokens, width)
+        return x.view(n, tokens, width), attention
 
 
 def check_views(size: int, n_images: int = 4) -> tuple[UInt8[Tensor, "viewimage size size 3"], int]:

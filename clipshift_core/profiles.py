@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -53,15 +53,21 @@ class Profile:
     """Resamples behind each confidence interval."""
     n_heatmap: int = 24
     """Images shown in the heatmaps."""
+    n_layers: int = 2000
+    """Images whose class token is kept after every block (the paper measures all but the embedding on 2,000)."""
+    n_dose: int = 64
+    """Images swept over severities."""
+    models: list = field(default_factory=list)
+    """Other models, for the comparison between models: folders, `hf-hub:owner/model`, or OpenCLIP `name/tag`."""
     classes: str | None = None
     """A text file with one class name a line, or None."""
 
     def __post_init__(self):
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type) or (field.type,)
+        for key in fields(self):
+            value, allowed = getattr(self, key.name), get_args(key.type) or (key.type,)
             if type(value) not in allowed:  # exact: True is no number
                 names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
-                raise ProfileError(f"{field.name} = {value!r}: must be {names}")
+                raise ProfileError(f"{key.name} = {value!r}: must be {names}")
         for key, lowest in _LOWEST.items():
             value = getattr(self, key)
             if value is not None and value < lowest:
@@ -97,6 +103,16 @@ class Profile:
             return cls(**choices)
         except ProfileError as error:
             raise ProfileError(f"profile {path}: {error}") from None
+
+    def of_model(self, model: str) -> "Profile":
+        """The same run on another model, given as in `models`. Raises ProfileError for one that is not there."""
+        if (ROOT / model).is_dir() or model.startswith("hf-hub:"):
+            chosen = replace(self, model=model, pretrained=None)
+        else:
+            name, _, tag = model.partition("/")
+            chosen = replace(self, model=name, pretrained=tag or None)
+        chosen.check()
+        return chosen
 
     def check(self) -> None:
         """Raise ProfileError if the source, the model folder or the class list is not there."""
@@ -150,6 +166,8 @@ _LOWEST = {
     "batch_size": 1,
     "n_bootstrap": 100,
     "n_heatmap": 1,
+    "n_layers": 1,
+    "n_dose": 1,
 }
 _PATTERNS = {
     "name": (r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' (it names a folder)"),

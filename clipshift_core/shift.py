@@ -8,10 +8,11 @@ does not grow with the number of images.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 import xarray as xr
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
-from clipshift_core import augment, images, manifests, metrics, store
+from clipshift_core import attention, augment, images, manifests, metrics, preservation, store
 from clipshift_core.manifests import Manifest
 from clipshift_core.profiles import Profile
 from clipshift_core.progress import note
@@ -32,15 +35,23 @@ from clipshift_core.progress import note
 if TYPE_CHECKING:  # OpenCLIP takes seconds to import, and nothing of it is called by name here
     from clipshift_core.encoder import Encoder
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised by hand whenever the same inputs would give other numbers: what older code stored is not read then."""
 
-METRICS = {"l2": metrics.l2, "l2_normalised": metrics.l2_normalised, "cosine": metrics.cosine}
+OF_EMBEDDING = {"l2": metrics.l2, "l2_normalised": metrics.l2_normalised, "cosine": metrics.cosine}
 """Each compares a view's embedding with the original's."""
 
-LAYOUT = {"embedding": store.Array(("image", "view", "feature"))} | {
-    name: store.Array(("image", "augmentation")) for name in METRICS
+OF_PIXELS = {
+    "patch": preservation.patch_similarity,
+    "patch_published": partial(preservation.patch_similarity, kernel="published"),
+    "edge": preservation.edge_preservation,
+    "detail": preservation.detail_preservation,
+    "ssim": preservation.ssim,
+    "mse": preservation.mse,
 }
+"""Each compares a view's pixels with the original's."""
+
+METRICS = (*OF_EMBEDDING, "attention", *OF_PIXELS)
 AHEAD = 2
 """Batches that are drawn ahead of the one being encoded."""
 
@@ -64,9 +75,16 @@ def measure(
 ) -> xr.Dataset:
     """How far each view of each image moves the embedding, as a lazily opened dataset.
 
-    Variables, all float32: embedding (image, view, feature), unnormalised and projected; l2, l2_normalised and
-    cosine (image, augmentation) against the original. A pass that is complete on disk is read, one that was
-    interrupted goes on where it stopped.
+    Variables, all float32, each view against the original unless said otherwise:
+    - embedding (image, view, feature), unnormalised and projected;
+    - the ten `METRICS` (image, augmentation); attention is NaN for a tower whose attention cannot be read;
+    - attention_map (image, view, row, col): the last block's class-token row, mean over heads;
+    - block_cosine (image, augmentation, block): cosine of the class tokens after each block;
+    - head_attention (image, augmentation, block, head): attention similarity of one head's maps, on the patch grid.
+    The last three are there for towers that `attention` can read; blocks that it cannot are NaN.
+
+    A pass that is complete on disk is read, one that was interrupted goes on where it stopped. `open_tokens` has
+    the class tokens themselves.
 
     base: the folder that the manifest's paths start from, by default the profile's source.
     progress: called with (images on disk, images in all) for each batch; by default the runner shows them.
@@ -75,8 +93,10 @@ def measure(
     Raises PassError for an image that is not what the manifest says, StoreError where the disk refuses.
     """
     arrays = open_arrays(profile, manifest, encoder)
-    missing = arrays.missing()
-    spans = [arrays.span(index) for index in missing]
+    stores = [arrays, *([open_tokens(profile, manifest, encoder)] if encoder.n_blocks else [])]
+    missing = [set(each.missing()) for each in stores]
+    indices = sorted(set().union(*missing))
+    spans = [arrays.span(index) for index in indices]
     n_images = len(manifest.images)
     n_done = n_images - sum(span.stop - span.start for span in spans)
 
@@ -87,15 +107,20 @@ def measure(
             progress(n_done, n_images)
 
     def write(index: int, values: dict[str, np.ndarray]) -> int:
-        arrays.write(index, values)
+        for each, lacking in zip(stores, missing, strict=True):
+            if index in lacking:
+                span = each.span(index)
+                part = {name: values[name][: span.stop - span.start] for name in each.layout if name in values}
+                each.write(index, part)
         return len(values["embedding"])
 
     base = profile.source_path if base is None else base
+    points = _points(encoder)
     # The disk needs tens of milliseconds to make a batch durable, hidden behind the next one's forward pass.
-    with _drawn(profile, manifest, base, spans, workers) as batches, ThreadPoolExecutor(1) as writer:
+    with drawn(profile, manifest, base, spans, workers) as batches, ThreadPoolExecutor(1) as writer:
         writing = None
-        for index, views in zip(missing, batches, strict=True):
-            values = _compare(encoder, views)
+        for index, views in zip(indices, batches, strict=True):
+            values = compare(encoder, views, points)
             settle(writing)
             writing = writer.submit(write, index, values)
         settle(writing)
@@ -103,25 +128,48 @@ def measure(
 
 
 def table(dataset: xr.Dataset) -> pd.DataFrame:
-    """One row per image and augmentation: image_id, augmentation, l2, l2_normalised, cosine."""
+    """One row per image and augmentation: image_id, augmentation, and the ten `METRICS`."""
     frame = dataset[list(METRICS)].to_dataframe().reset_index().rename(columns={"image": "image_id"})
     return frame[["image_id", "augmentation", *METRICS]]
 
 
 def open_arrays(profile: Profile, manifest: Manifest, encoder: "Encoder") -> store.Store:
     """The store of this pass, whatever of it is on disk."""
+    arrays = {"embedding": store.Array(("image", "view", "feature"))}
+    arrays |= {name: store.Array(("image", "augmentation")) for name in METRICS}
+    sizes = {
+        "image": list(manifest.images["image_id"]),
+        "view": augment.VIEWS,
+        "augmentation": augment.VIEWS[1:],
+        "feature": encoder.dim,
+    }
+    if "attention.-1" in _points(encoder):
+        arrays["attention_map"] = store.Array(("image", "view", "row", "col"))
+        sizes |= {"row": encoder.grid[0], "col": encoder.grid[1]}
+    if encoder.n_blocks:
+        arrays["block_cosine"] = store.Array(("image", "augmentation", "block"))
+        arrays["head_attention"] = store.Array(("image", "augmentation", "block", "head"))
+        sizes |= {"block": encoder.n_blocks, "head": encoder.n_heads}
+    made = made_from(profile, manifest, encoder)
+    return store.open_store(
+        profile.run_dir / "arrays", "shift", made, arrays=arrays, sizes=sizes, chunk=profile.batch_size
+    )
+
+
+def open_tokens(profile: Profile, manifest: Manifest, encoder: "Encoder") -> store.Store:
+    """The class token of the first `n_layers` images after every block, written by the same pass.
+
+    token (image, view, block, width), float32; the mean over tokens in a tower without a class token.
+    """
+    chunk = open_arrays(profile, manifest, encoder).span(0).stop
+    ids = list(manifest.images["image_id"][: profile.n_layers])
     return store.open_store(
         profile.run_dir / "arrays",
-        "shift",
-        made_from(profile, manifest, encoder),
-        arrays=LAYOUT,
-        sizes={
-            "image": list(manifest.images["image_id"]),
-            "view": augment.VIEWS,
-            "augmentation": augment.VIEWS[1:],
-            "feature": encoder.dim,
-        },
-        chunk=profile.batch_size,
+        "tokens",
+        made_from(profile, manifest, encoder) | {"images": len(ids), "chunk": chunk},
+        arrays={"token": store.Array(("image", "view", "block", "width"))},
+        sizes={"image": ids, "view": augment.VIEWS, "block": encoder.n_blocks, "width": encoder.width},
+        chunk=chunk,
     )
 
 
@@ -143,21 +191,61 @@ def made_from(profile: Profile, manifest: Manifest, encoder: "Encoder") -> dict[
     }
 
 
-def _compare(
-    encoder: "Encoder", views: UInt8[np.ndarray, "image view height width 3"]
+def compare(
+    encoder: "Encoder", views: UInt8[np.ndarray, "image view height width 3"], points: list[str] | None = None
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Embeddings of all views in one forward pass, and each metric of the augmented against the original."""
+    """All that `measure` stores of a batch, from one forward pass; the original is view 0."""
+    points = _points(encoder) if points is None else points
     n_images, n_views = views.shape[:2]
-    embedding = encoder.encode(views.reshape(-1, *views.shape[2:])).embedding.reshape(n_images, n_views, -1)
-    shifts = {name: metric(embedding[:, 1:], embedding[:, :1]) for name, metric in METRICS.items()}
-    return {name: values.float().numpy() for name, values in ({"embedding": embedding} | shifts).items()}
+    found = encoder.encode(views.reshape(-1, *views.shape[2:]), capture=points)
+    embedding = found.embedding.reshape(n_images, n_views, -1)
+    pixels = torch.from_numpy(views).to(encoder.device)
+    values = {"embedding": embedding}
+    values |= {name: metric(embedding[:, 1:], embedding[:, :1]) for name, metric in OF_EMBEDDING.items()}
+    values |= {name: kernel(pixels[:, 0], pixels[:, 1:]) for name, kernel in OF_PIXELS.items()}
+    rows = {point: held.unflatten(0, (n_images, n_views)) for point, held in found.captured.items()}
+    values["attention"] = torch.full((n_images, n_views - 1), torch.nan)
+    if "attention.-1" in rows:
+        maps = attention.to_map(rows["attention.-1"].flatten(0, 1), encoder.grid)
+        resized = F.interpolate(maps[None], views.shape[2:4], mode="bilinear")[0].unflatten(0, (n_images, n_views))
+        values["attention_map"] = maps.unflatten(0, (n_images, n_views))
+        values["attention"] = preservation.attention_similarity(resized[:, 0], resized[:, 1:])
+    if encoder.n_blocks:
+        token = torch.stack([rows[f"token.{block}"] for block in range(encoder.n_blocks)], 2)
+        values |= {"token": token, "block_cosine": metrics.cosine(token[:, 1:], token[:, :1])}
+        values["head_attention"] = _head_attention(encoder, rows, n_images, n_views)
+    return {name: held.float().cpu().numpy() for name, held in values.items()}
+
+
+def _head_attention(
+    encoder: "Encoder", rows: Mapping[str, Tensor], n_images: int, n_views: int
+) -> Float[Tensor, "image augmentation block head"]:
+    """Attention similarity of each head of each block; NaN for blocks whose rows are not there."""
+    similarity = torch.full((n_images, n_views - 1, encoder.n_blocks, encoder.n_heads), torch.nan)
+    for block in range(encoder.n_blocks):
+        if f"attention.{block}" in rows:
+            maps = attention.head_maps(rows[f"attention.{block}"].flatten(0, 1), encoder.grid)
+            maps = maps.unflatten(0, (n_images, n_views)).transpose(1, 2).flatten(0, 1)
+            alike = preservation.attention_similarity(maps[:, 0], maps[:, 1:])
+            similarity[:, :, block] = alike.unflatten(0, (n_images, -1)).transpose(1, 2)
+    return similarity
+
+
+def _points(encoder: "Encoder") -> list[str]:
+    """What the pass captures of this encoder."""
+    blocks = range(encoder.n_blocks)
+    wanted = [*(f"token.{b}" for b in blocks), *(f"attention.{b}" for b in blocks), "attention.-1"]
+    return encoder.readable(wanted)
 
 
 @contextmanager
-def _drawn(
+def drawn(
     profile: Profile, manifest: Manifest, base: Path, spans: list[slice], workers: int | None
 ) -> Iterator[Iterator[UInt8[np.ndarray, "image view height width 3"]]]:
-    """The views of each span of images, in order, drawn ahead by threads."""
+    """The views of each span of images, in order, drawn ahead by threads.
+
+    Raises PassError for an image that is not what the manifest says.
+    """
 
     def draw(row: dict[str, Any], out: UInt8[np.ndarray, "view height width 3"]) -> None:
         try:

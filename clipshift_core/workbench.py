@@ -62,12 +62,18 @@ class Workbench:
 
     @cached_property
     def dataset(self) -> xr.Dataset:
-        """The one pass: embedding (image, view, feature) and each metric (image, augmentation)."""
+        """The one pass: embeddings, metrics and attention of every view (the variables are `shift.measure`'s)."""
         return shift.measure(self.profile, self.manifest, self.encoder)
 
     @cached_property
+    def tokens(self) -> xr.Dataset:
+        """The class token of the first images after every block: token (image, view, block, width)."""
+        _ = self.dataset  # the same pass writes both
+        return shift.open_tokens(self.profile, self.manifest, self.encoder).dataset()
+
+    @cached_property
     def shifts(self) -> pd.DataFrame:
-        """One row per image and augmentation: image_id, augmentation, l2, l2_normalised, cosine."""
+        """One row per image and augmentation: image_id, augmentation, and the ten metrics of the pass."""
         return shift.table(self.dataset)
 
     @property

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from clipshift_core import encoder as room
+from clipshift_core import hooks
+from clipshift_core.attention import AttentionError
 from clipshift_core.encoder import Encoder, EncoderError
 from clipshift_core.fastpath import Linear, shift_error
 
@@ -256,6 +258,30 @@ def test_refuses_what_is_not_a_batch_of_rgb_squares(tiny, bad):
         tiny.encode(bad)
 
 
+def test_the_class_token_and_its_attention_come_with_the_embedding(tiny):
+    """Out of the fast path, against hooks on OpenCLIP's own forward (torch's `need_weights` is the oracle of those)."""
+    images, points = squares(), ("token.0", "token.-1", "attention.1", "attention.-1", "attention.2")
+    found = tiny.encode(images, capture=points)
+    with hooks.captured(tiny.model.visual, (*points, "attention.2.all")) as wanted, torch.inference_mode():
+        tiny.model.encode_image(tiny.preprocess(images))
+    assert tiny.vision == "fast" and set(found.captured) == set(points)
+    for point in points:
+        assert found.captured[point].shape == wanted[point].shape
+        assert relative(found.captured[point], wanted[point]) < RELATIVE
+    assert torch.equal(found.captured["attention.-1"], found.captured["attention.2"])
+    assert relative(found.captured["attention.2"], wanted["attention.2.all"][:, :, 0]) < RELATIVE
+    assert torch.equal(found.embedding, tiny.encode(images).embedding)
+    assert (tiny.n_blocks, tiny.n_heads, tiny.grid) == (3, 3, (4, 4))
+    with pytest.raises(AttentionError, match="found no attentional pooling"):
+        tiny.encode(images, capture=("attention.pool",))
+
+
+def test_which_points_a_tower_has(tiny):
+    offered = ["residual.0", "token.-3", "attention.2", "attention.1.all"]
+    refused = ["token.3", "attention.-4", "attention.pool", "tokens.1", "residual.0.all", "attention."]
+    assert hooks.readable(tiny.model.visual, offered + refused) == offered
+
+
 def test_captures_the_residual_stream(tiny, oracle):
     images = squares()
     found = tiny.encode(images, capture=("residual.0", "residual.2"))
@@ -265,7 +291,7 @@ def test_captures_the_residual_stream(tiny, oracle):
         parts = wanted["image_intermediates_prefix"][layer], wanted["image_intermediates"][layer]
         assert relative(found.captured[f"residual.{layer}"], torch.cat(parts, 1)) < RELATIVE
     assert relative(found.embedding, tiny.encode(images).embedding) < RELATIVE
-    with pytest.raises(ValueError, match="residual.0 to residual.2"):
+    with pytest.raises(ValueError, match="blocks 0 to 2"):
         tiny.encode(images, capture=("residual.3",))
 
 

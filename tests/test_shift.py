@@ -27,11 +27,15 @@ class Projector:
     """An encoder that is one fixed matrix: fast, and easy to repeat in numpy."""
 
     dim, device, precision, weights_hash = 6, "cpu", "fp32", "0" * 64
+    n_blocks = n_heads = 0
 
     def __init__(self):
         weight = np.random.default_rng(0).normal(size=(SIZE * SIZE * 3, self.dim)) / SIZE
         self.weight = torch.from_numpy(weight.astype(np.float32))
         self.batches = []
+
+    def readable(self, points):
+        return []
 
     def encode(self, pixels, capture=()):
         self.batches.append(len(pixels))
@@ -235,8 +239,10 @@ def test_at_most_two_batches_are_drawn_ahead(profile, manifest, monkeypatch):
 def test_table_is_tidy(profile, manifest):
     dataset = shift.measure(profile, manifest, Projector())
     table = shift.table(dataset)
-    assert list(table.columns) == ["image_id", "augmentation", "l2", "l2_normalised", "cosine"]
-    assert len(table) == N * 9 and not table.isna().any().any()
+    assert list(table.columns) == ["image_id", "augmentation", *shift.METRICS]
+    assert len(table) == N * 9
+    # this encoder has no attention
+    assert table.attention.isna().all() and not table.drop(columns="attention").isna().any().any()
     assert list(table.augmentation[:9]) == list(augment.VIEWS[1:])
     row = table[(table.image_id == "05") & (table.augmentation == "elastic")]
     assert row.cosine.item() == dataset.cosine.sel(image="05", augmentation="elastic").item()
@@ -258,27 +264,95 @@ def test_drawing_threads_start_no_others_and_put_back_what_was(profile, manifest
     assert pools() == before and {count for counts in inside for count in counts} == {1}
 
 
-def test_with_a_real_model(profile, manifest, tmp_path):
-    """OpenCLIP's own class with random weights: the stored numbers are those of one image at a time."""
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """OpenCLIP's own class with random weights: two blocks of two heads, 2 x 2 patches."""
     import open_clip  # here, because the process that is killed imports this file and needs none of it
     from safetensors.torch import save_file
 
     from clipshift_core.encoder import Encoder
 
-    tower = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+    folder = tmp_path_factory.mktemp("tower")
+    vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1}
-    model = {"embed_dim": 12, "vision_cfg": tower, "text_cfg": text}
+    model = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
     torch.manual_seed(0)
-    save_file(open_clip.model.CLIP(**model).state_dict(), tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
-    encoder = Encoder.load(str(tmp_path), device="cpu")
-    dataset = shift.measure(profile, manifest, encoder)
+    save_file(open_clip.model.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    return Encoder.load(str(folder), device="cpu")
+
+
+def drawn_by_hand(profile, row):
+    pixels = images.resize(images.decode(manifests.read(row, profile.source_path)), profile.image_size)
+    return [augment.view(pixels, name, seed=5, image_id=row["image_id"]) for name in augment.VIEWS]
+
+
+def test_with_a_real_model(profile, manifest, tower):
+    """The stored numbers are those of one image at a time."""
+    dataset = shift.measure(profile, manifest, tower)
     for row in manifest.images.to_dict("records")[:3]:
-        pixels = images.resize(images.decode(manifests.read(row, profile.source_path)), SIZE)
-        for name in augment.VIEWS:
-            view = augment.view(pixels, name, seed=5, image_id=row["image_id"])
+        for name, view in zip(augment.VIEWS, drawn_by_hand(profile, row), strict=True):
             held = dataset.embedding.sel(image=row["image_id"], view=name)
-            np.testing.assert_allclose(held, encoder.encode(view[None]).embedding[0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(held, tower.encode(view[None]).embedding[0], rtol=1e-4, atol=1e-5)
+
+
+def normalised(x):
+    return (x - x.min()) / (x.max() - x.min())
+
+
+def test_every_metric_is_of_the_same_view(profile, manifest, tower):
+    """Pixels by scikit-image and numpy, attention by hooks on the model's own forward, for two images by hand."""
+    from skimage.metrics import mean_squared_error, structural_similarity
+
+    from clipshift_core import hooks
+
+    dataset = shift.measure(profile, manifest, tower)
+    points = ("attention.0", "attention.1", "residual.0", "residual.1")
+    for row in manifest.images.to_dict("records")[:2]:
+        views, seen = drawn_by_hand(profile, row), []
+        for view in views:
+            with hooks.captured(tower.model.visual, points) as found, torch.no_grad():
+                tower.model.encode_image(tower.preprocess(view[None]))
+            seen.append({point: held[0].numpy() for point, held in found.items()})
+        for name, view, own in zip(augment.VIEWS[1:], views[1:], seen[1:], strict=True):
+            held = dataset.sel(image=row["image_id"], augmentation=name)
+            ssim = structural_similarity(views[0], view, channel_axis=-1, data_range=255)
+            np.testing.assert_allclose(held.ssim, ssim, atol=1e-5)
+            np.testing.assert_allclose(held.mse, mean_squared_error(views[0], view), rtol=1e-5)
+            wrapped = ((view - views[0]) ** 2).reshape(4, 8, 4, 24).astype(float).mean((1, 3))
+            np.testing.assert_allclose(held.patch_published, (1 / (1 + wrapped / 255**2)).mean(), atol=1e-6)
+            assert held.patch <= held.patch_published + 1e-6
+            for block in (0, 1):
+                a, b = (each[f"residual.{block}"][0] for each in (seen[0], own))
+                cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+                np.testing.assert_allclose(held.block_cosine.sel(block=block), cosine, atol=1e-5)
+                for head in (0, 1):
+                    a, b = (each[f"attention.{block}"][head, 1:] for each in (seen[0], own))
+                    alike = 1 / (1 + ((normalised(a) - normalised(b)) ** 2).mean())
+                    np.testing.assert_allclose(held.head_attention.sel(block=block, head=head), alike, atol=1e-4)
+            maps = [each["attention.1"][:, 1:].mean(0).reshape(2, 2) for each in (seen[0], own)]
+            stored = dataset.attention_map.sel(image=row["image_id"], view=name)
+            np.testing.assert_allclose(stored, maps[1], atol=1e-6)
+            a, b = (normalised(cv2.resize(each, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)) for each in maps)
+            np.testing.assert_allclose(held.attention, 1 / (1 + ((a - b) ** 2).mean()), atol=1e-4)
+
+
+def test_the_class_tokens_of_the_first_images(profile, manifest, tower):
+    """Kept by the same pass; asking for more of them later encodes again only what is missing."""
+    few = replace(profile, n_layers=4)
+    dataset = shift.measure(few, manifest, tower)
+    held = shift.open_tokens(few, manifest, tower).dataset()
+    assert held.token.shape == (4, 10, 2, 32) and list(held.image.values) == list(manifest.images.image_id[:4])
+    row = manifest.images.to_dict("records")[3]
+    views = np.stack(drawn_by_hand(profile, row))
+    wanted = tower.encode(views, capture=("residual.0", "residual.1")).captured
+    for block in (0, 1):
+        np.testing.assert_allclose(held.token[3, :, block], wanted[f"residual.{block}"][:, 0], rtol=1e-4, atol=1e-5)
+    seen = []
+    again = shift.measure(profile, manifest, tower, progress=lambda done, total: seen.append(done))
+    assert seen == [3, 6, 7] and again.identical(dataset)
+    assert shift.open_tokens(profile, manifest, tower).dataset().token.shape == (7, 10, 2, 32)
+    assert shift.measure(few, manifest, tower, progress=lambda *at: pytest.fail("encoded again")) is not None
 
 
 DRAWN = {
@@ -292,7 +366,7 @@ DRAWN = {
     "random_brightness_contrast": 42.865,
     "coarse_dropout": 35.488,
 }
-"""Mean absolute change of a fixed image by each view, as CODE_VERSION 1 draws them."""
+"""Mean absolute change of a fixed image by each view, as CODE_VERSION 2 (and 1) draws them."""
 
 
 def test_other_pixels_need_another_code_version():
@@ -301,4 +375,4 @@ def test_other_pixels_need_another_code_version():
     pixels = np.stack([4 * rows, 4 * columns, (rows // 8 + columns // 8) % 2 * 200], -1).astype(np.uint8)
     views = augment.views(pixels, seed=0, image_id="fixed").astype(float)
     changes = dict(zip(augment.VIEWS[1:], np.abs(views[1:] - views[0]).mean((1, 2, 3)), strict=True))
-    assert shift.CODE_VERSION == 1 and changes == pytest.approx(DRAWN, rel=0.01)
+    assert shift.CODE_VERSION == 2 and changes == pytest.approx(DRAWN, rel=0.01)
