@@ -73,6 +73,8 @@ class Metric(NamedTuple):
     unit: str
     moved_if_larger: bool
     bounds: tuple[float, float]
+    of: str = "embedding"
+    """What it compares."""
 
     @property
     def axis(self) -> str:
@@ -89,13 +91,15 @@ METRICS = {
     "l2": Metric("L2 distance", "units of the embedding", True, (0, float("inf"))),
     "l2_normalised": Metric("L2 distance of unit vectors", "0 same, 2 opposite", True, (0, 2)),
     "cosine": Metric("Cosine similarity", "1 same, 0 unrelated", False, (-1, 1)),
-    "attention": Metric("Attention similarity", "1 same, 0.5 opposite", False, (0.5, 1)),
-    "patch": Metric("Patch similarity", "1 same, 0.5 opposite", False, (0.5, 1)),
-    "patch_published": Metric("Patch similarity as published", "1 same, 0.996 least possible", False, (0.996, 1)),
-    "edge": Metric("Edge preservation", "1 same, 0 opposite", False, (0, 1)),
-    "detail": Metric("Detail preservation", "1 same, 0 lost", False, (0, 1)),
-    "ssim": Metric("SSIM", "1 same, 0 unrelated", False, (-1, 1)),
-    "mse": Metric("Mean squared error", "squared grey levels", True, (0, 255.0**2)),
+    "attention": Metric("Attention similarity", "1 same, 0.5 opposite", False, (0.5, 1), "attention"),
+    "patch": Metric("Patch similarity", "1 same, 0.5 opposite", False, (0.5, 1), "pixels"),
+    "patch_published": Metric(
+        "Patch similarity as published", "1 same, 0.996 least possible", False, (0.996, 1), "pixels"
+    ),
+    "edge": Metric("Edge preservation", "1 same, 0 opposite", False, (0, 1), "pixels"),
+    "detail": Metric("Detail preservation", "1 same, 0 lost", False, (0, 1), "pixels"),
+    "ssim": Metric("SSIM", "1 same, 0 unrelated", False, (-1, 1), "pixels"),
+    "mse": Metric("Mean squared error", "squared grey levels", True, (0, 255.0**2), "pixels"),
 }
 """Those of the one pass, in the reading order: three of the embedding, then attention, then pixels."""
 
@@ -181,8 +185,11 @@ def numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def short(value: float) -> str:
-    """A number for a label: 3 significant digits, trailing zeros kept, so that a column of them lines up."""
-    return f"{value:#.3g}".rstrip(".")
+    """A number for a label: 3 significant digits, trailing zeros kept, so that a column of them lines up.
+
+    4 decimals from 0.995 on, where similarities differ in what they lack to 1.
+    """
+    return f"{value:.4f}" if 0.995 <= value < 1.0005 and value != 1 else f"{value:#.3g}".rstrip(".")
 
 
 def n_images(n: Sequence[int]) -> str:
@@ -268,9 +275,21 @@ def _start_drawing(path: str, timeout: float = 120.0) -> str | None:
     return f"{path} did not draw ({why})"
 
 
+class _SmallPng(pio.base_renderers.PngRenderer):
+    """Pictures of 256 colours: a gallery takes a quarter of the space in a committed notebook."""
+
+    def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
+        content = io.BytesIO(base64.b64decode(super().to_mimebundle(fig_dict)[self.mime_type]))
+        small = io.BytesIO()
+        with Image.open(content) as picture:
+            picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        return {self.mime_type: base64.b64encode(small.getvalue()).decode()}
+
+
 def use_renderer() -> str:
     """Set how notebooks show figures: interactive, with a PNG beside it for GitHub where a browser can draw one."""
     pio.renderers["plotly_mimetype"].config = CONFIG
+    pio.renderers["png"] = _SmallPng()
     pio.renderers.default = "plotly_mimetype+png" if browser() else "plotly_mimetype"
     return pio.renderers.default
 

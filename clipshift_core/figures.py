@@ -169,7 +169,7 @@ def ranking(table: pd.DataFrame, metric: str = "l2", *, level: float = 0.95) -> 
     together = [i for i, apart in enumerate(table["separated"].tolist()[:-1]) if not apart]
     test = "paired sign-flip test, Holm-corrected"
     figure = canvas(
-        f"Which augmentation moves the embedding most, by {spec.inline}",
+        f"Which augmentation moves the {spec.of} most, by {spec.inline}",
         f"Mean over {n_images(table['n'])} with its {level:.0%} interval; "
         + (f"brackets join neighbours not separated ({test})" if together else f"all neighbours separated ({test})"),
         height=150 + 42 * len(names),

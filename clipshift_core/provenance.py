@@ -28,6 +28,7 @@ def inputs(profile: Profile) -> dict[str, dict]:
     roots = {"images": profile.source_path, "shipped": profiles.ROOT / "data"}
     if profile.model_dir:
         roots["model"] = profile.model_dir
+    roots |= {f"model {name}": profiles.ROOT / name for name in profile.models if (profiles.ROOT / name).is_dir()}
     if profile.classes:
         roots["classes"] = profiles.ROOT / profile.classes
     return {name: digest(root) for name, root in roots.items()}

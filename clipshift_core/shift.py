@@ -115,7 +115,7 @@ def measure(
         return len(values["embedding"])
 
     base = profile.source_path if base is None else base
-    points = _points(encoder)
+    points = points_of(encoder)
     # The disk needs tens of milliseconds to make a batch durable, hidden behind the next one's forward pass.
     with drawn(profile, manifest, base, spans, workers) as batches, ThreadPoolExecutor(1) as writer:
         writing = None
@@ -143,7 +143,7 @@ def open_arrays(profile: Profile, manifest: Manifest, encoder: "Encoder") -> sto
         "augmentation": augment.VIEWS[1:],
         "feature": encoder.dim,
     }
-    if "attention.-1" in _points(encoder):
+    if "attention.-1" in points_of(encoder):
         arrays["attention_map"] = store.Array(("image", "view", "row", "col"))
         sizes |= {"row": encoder.grid[0], "col": encoder.grid[1]}
     if encoder.n_blocks:
@@ -195,7 +195,7 @@ def compare(
     encoder: "Encoder", views: UInt8[np.ndarray, "image view height width 3"], points: list[str] | None = None
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """All that `measure` stores of a batch, from one forward pass; the original is view 0."""
-    points = _points(encoder) if points is None else points
+    points = points_of(encoder) if points is None else points
     n_images, n_views = views.shape[:2]
     found = encoder.encode(views.reshape(-1, *views.shape[2:]), capture=points)
     embedding = found.embedding.reshape(n_images, n_views, -1)
@@ -231,7 +231,7 @@ def _head_attention(
     return similarity
 
 
-def _points(encoder: "Encoder") -> list[str]:
+def points_of(encoder: "Encoder") -> list[str]:
     """What the pass captures of this encoder."""
     blocks = range(encoder.n_blocks)
     wanted = [*(f"token.{b}" for b in blocks), *(f"attention.{b}" for b in blocks), "attention.-1"]

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import UInt8
 
-from clipshift_core import canvas, images, manifests, provenance, shift
+from clipshift_core import augment, canvas, images, manifests, provenance, shift
 from clipshift_core.encoder import Encoder
 from clipshift_core.manifests import Manifest
 from clipshift_core.profiles import Profile
@@ -85,6 +85,10 @@ class Workbench:
         """An image of the manifest as the pass sees it: decoded, upright, resized."""
         row = self.manifest.images.set_index("image_id", drop=False).loc[image_id]
         return images.resize(images.decode(manifests.read(row, self.profile.source_path)), self.profile.image_size)
+
+    def views(self, image_id: str) -> UInt8[np.ndarray, "view size size 3"]:
+        """The ten views of an image as the pass drew them, the original first."""
+        return augment.views(self.picture(image_id), seed=self.profile.seed, image_id=image_id)
 
     def keep(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write a table to runs/<profile>/tables/NN-name.csv and return it, so that the cell shows it."""

@@ -1,4 +1,5 @@
-"""Speed of the one pass on ViT-B/32 against the yardstick: medians of alternating runs on all cores.
+"""Speed of the one pass on ViT-B/32 (embeddings, attention and every metric) against the yardstick: medians of
+alternating runs on all cores.
 
     .venv/bin/python tests/bench/run.py [rounds]
 
@@ -6,8 +7,8 @@ On a busy machine only one thread gives ratios worth reading: OMP_NUM_THREADS=1.
 
 Every contestant is a process of its own, with the environment it would have: ours with the allocator settings that
 the runner gives its kernels, the yardstick with none. Prints a table and writes runs/bench.json. The floor is the time
-that the matrix products alone would take at the best rate measured here, counted over the whole of the reference's
-ten forward passes.
+that the matrix products alone would take at the best rate measured here, counted over ten forward passes. Of our pass
+the cost of capturing attention and class tokens, and of the metrics, is timed apart, on the same views.
 """
 
 import json
@@ -32,11 +33,13 @@ def main(n_rounds: int = 5) -> None:
     load = os.getloadavg()[0]
     workers = {name: start(name, environment) for name, environment in CONTESTANTS.items()}
     seconds = {name: [] for name in workers}
+    parts = {name: [] for name in workers}
     gflops = []
     for _ in range(n_rounds):
         for name, worker in workers.items():
             answer = ask(worker)
             seconds[name].append(answer["seconds"])
+            parts[name].append(answer["parts"])
             gflops.append(answer["gflops"])
     for worker in workers.values():
         worker.stdin.close()
@@ -45,7 +48,13 @@ def main(n_rounds: int = 5) -> None:
     per_image = {name: median(each) / N_IMAGES for name, each in seconds.items()}
     peak, gflop = max(gflops), gflop_per_image()
     floor = gflop / peak
+    shares = {
+        name: {part: median(each[part] for each in held) / (N_IMAGES * per_image[name]) for part in held[0]}
+        for name, held in parts.items()
+        if held[0]
+    }
     result = {
+        "shares_of_the_pass": shares,
         "ms_per_image": {name: 1e3 * each for name, each in per_image.items()},
         "images_per_second": {name: 1 / each for name, each in per_image.items()},
         "times_the_yardstick": {name: per_image["yardstick"] / each for name, each in per_image.items()},
@@ -74,6 +83,9 @@ def main(n_rounds: int = 5) -> None:
     for name, each in per_image.items():
         ratio, share = per_image["yardstick"] / each, floor / each
         print(f"{name:14}{1e3 * each:10.0f}{1 / each:10.2f}{ratio:10.2f}x{share:10.0%}")
+    for name, share in shares.items():
+        said = ", ".join(f"{part} {each:.1%}" for part, each in share.items())
+        print(f"{name}: of its pass, {said}")
     print(f"floor: {gflop:.0f} GFLOP an image at {peak:.0f} GFLOP/s in fp32 = {1e3 * floor:.0f} ms")
     if load > 0.5:
         print(f"the machine was busy before the start (load {load:.1f}): only the ratios mean something")
@@ -118,22 +130,28 @@ def work(name: str) -> None:
     if name == "yardstick":
         from yardstick import build
 
-        run = build()
+        reference = build()
+
+        def run(images):
+            return reference(images), {}
+
     else:
         run = ours(name.removeprefix("ours, "))
     run(images)
     for _ in sys.stdin:
         start = time.perf_counter()
-        run(images)
-        seconds = time.perf_counter() - start
-        answers.write(json.dumps({"seconds": seconds, "gflops": gemm_gflops()}) + "\n")
+        _, parts = run(images)
+        seconds = time.perf_counter() - start - parts.pop("not counted", 0)
+        answers.write(json.dumps({"seconds": seconds, "parts": parts, "gflops": gemm_gflops()}) + "\n")
         answers.flush()
 
 
 def ours(precision: str):
+    """A function images -> (what the pass stores, seconds by part)."""
     import numpy as np
     import open_clip
 
+    from clipshift_core import shift
     from clipshift_core.augment import views
     from clipshift_core.encoder import Encoder
 
@@ -144,7 +162,23 @@ def ours(precision: str):
     def run(images):
         for i, image in enumerate(images):
             drawn[i] = views(image, seed=0, image_id=str(i))
-        return encoder.encode(drawn.reshape(-1, 224, 224, 3)).embedding
+        at = [time.perf_counter()]
+        found = shift.compare(encoder, drawn)
+        at.append(time.perf_counter())
+        # the same once more without the captures, and the captures without the metrics: their cost by difference
+        pixels = drawn.reshape(-1, 224, 224, 3)
+        for points in (["attention.-1"], shift.points_of(encoder), []):
+            encoder.encode(pixels, capture=points)
+            at.append(time.perf_counter())
+        whole, last, every, bare = np.diff(at)
+        parts = {
+            "the encoder": bare,
+            "the last block's attention": last - bare,
+            "attention and class token of every block": every - bare,
+            "all metrics": whole - every,
+            "not counted": at[-1] - at[1],
+        }
+        return found, parts
 
     return run
 
