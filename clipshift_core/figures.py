@@ -262,11 +262,11 @@ def metric_heatmap(table: pd.DataFrame, metrics: Sequence[str], *, by: str | Non
         "Augmentations sorted by how far they move the embedding",
         f"Mean over {n_images([table['image_id'].nunique()])} in each cell; colour runs within each column;"
         f" sorted by {metric_spec(by).inline}",
-        height=170 + 42 * len(means),
+        height=190 + 42 * len(means),
     )
     figure.add_heatmap(
         z=[numbers(row) for row in moved.to_numpy()],
-        x=[metric_spec(m).label for m in metrics],
+        x=[metric_spec(m).label.replace(" ", "<br>", 1) for m in metrics],
         y=[label(n) for n in means.index],
         text=[[short(v) for v in row] for row in means.to_numpy()],
         texttemplate="%{text}",
@@ -279,8 +279,8 @@ def metric_heatmap(table: pd.DataFrame, metrics: Sequence[str], *, by: str | Non
         ygap=2,
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(side="top", showgrid=False)
-    figure.update_layout(margin={"t": 120, "b": 30})
+    figure.update_xaxes(side="top", showgrid=False, tickangle=0)
+    figure.update_layout(margin={"t": 140, "b": 30})
     return figure
 
 
