@@ -5,18 +5,26 @@ nothing about spread, so with n = 1 every interval is NaN (unknown), never a poi
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.cluster import hierarchy
+from scipy.sparse import csr_array
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
 CUT = 0.7
 """Share of the largest merge at which the dendrogram is cut into clusters (the paper's, and scipy's default)."""
+
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""How often each image was drawn, (batch, image), to the value of each resample, (batch,)."""
+
+
+_PART = 2**17
+"""Values that are ranked at once: what a processor's cache holds."""
 
 
 class Interval(NamedTuple):
@@ -40,6 +48,24 @@ class Paired(NamedTuple):
     share: float
     """Share of the images on which A > B; a tie does not count."""
     n: int
+
+
+def bootstrap_draws(statistic: Statistic, n: int, *, n_resamples: int, seed: int) -> NDArray[np.float64]:
+    """A statistic of each resample of n images, (n_resamples,).
+
+    It is given counts, not images, so that a mean over images is `counts @ values / n`: one matrix product for a
+    whole batch of resamples.
+    """
+    return np.concatenate([statistic(_counts(index)) for index in _resamples(n, n_resamples, seed)])
+
+
+def bootstrap(statistic: Statistic, n: int, *, n_resamples: int, seed: int, level: float = 0.95) -> Interval:
+    """A statistic of the n images, each drawn once, and its percentile interval over their resamples.
+
+    Resamples in which it is NaN, such as a correlation with something constant, are left out of the interval.
+    """
+    draws = bootstrap_draws(statistic, n, n_resamples=n_resamples, seed=seed)
+    return Interval(float(statistic(np.ones((1, n)))[0]), *_percentiles(draws, n, level))
 
 
 def bootstrap_mean(values: ArrayLike, *, n_resamples: int, seed: int, level: float = 0.95) -> Interval:
@@ -152,16 +178,46 @@ def rank_agreement(
     statistic = {"kendall": _kendall, "spearman": _spearman}.get(method)
     if statistic is None:
         raise ValueError(f"method must be 'kendall' or 'spearman', got {method!r}")
-    a, b = _checked(a, ndim=2), _checked(b, ndim=2)
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must hold the same images and items, got shapes {a.shape} and {b.shape}")
-    draws = [
-        statistic(counts @ a, counts @ b)
-        for i in _resamples(len(a), n_resamples, seed)
-        for counts in [_counts(i) / len(a)]
-    ]
-    whole = statistic(a.mean(axis=0)[None], b.mean(axis=0)[None])[0]
-    return Interval(float(whole), *_percentiles(np.concatenate(draws), len(a), level))
+    a, b = _paired(a, b)
+    settings = {"n_resamples": n_resamples, "seed": seed, "level": level}
+    return bootstrap(lambda counts: statistic(_means(counts, a), _means(counts, b)), len(a), **settings)
+
+
+def correlation(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    over: Literal["pairs", "augmentations", "within"] = "pairs",
+    method: Literal["spearman", "pearson"] = "spearman",
+    n_resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> Interval:
+    """Do two metrics of the same views go together? -1 to 1; a and b are (image, augmentation).
+
+    over "pairs": one correlation over all pairs of an image and an augmentation.
+    over "augmentations": between the two metrics' means over images, with one point for each augmentation.
+    over "within": of each image on its own, across its augmentations, and then the mean over images. An image on
+    which one of the two metrics is constant has no correlation and is left out.
+
+    The interval draws the images again, the same for both. Every resample is ranked anew, ties sharing their mean
+    rank. NaN where one side is constant throughout.
+    """
+    by_row = {"spearman": _spearman, "pearson": _pearson}.get(method)
+    if by_row is None:
+        raise ValueError(f"method must be 'spearman' or 'pearson', got {method!r}")
+    a, b = _paired(a, b)
+    n, settings = len(a), {"n_resamples": n_resamples, "seed": seed, "level": level}
+    if over == "pairs":
+        of_pairs = _spearman_of_pairs if method == "spearman" else _pearson_of_pairs
+        return bootstrap(of_pairs(a, b), n, **settings)
+    if over == "augmentations":
+        return bootstrap(lambda counts: by_row(_means(counts, a), _means(counts, b)), n, **settings)
+    if over == "within":
+        each = by_row(a, b)
+        each = each[np.isfinite(each)]
+        return bootstrap_mean(each, **settings) if len(each) else Interval(float("nan"), float("nan"), float("nan"))
+    raise ValueError(f"over must be 'pairs', 'augmentations' or 'within', got {over!r}")
 
 
 def ward(distance: ArrayLike) -> NDArray:
@@ -210,6 +266,13 @@ def _checked(values: ArrayLike, *, ndim: int) -> NDArray[np.float64]:
     return values
 
 
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    a, b = _checked(a, ndim=2), _checked(b, ndim=2)
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must hold the same images and items, got shapes {a.shape} and {b.shape}")
+    return a, b
+
+
 def _generator(seed: int, purpose: str) -> np.random.Generator:
     """A stream for (seed, purpose) alone, so that a test never shares its draws with an interval."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
@@ -229,6 +292,14 @@ def _counts(index: NDArray[np.int64]) -> NDArray[np.float64]:
     batch, n = index.shape
     flat = (index + n * np.arange(batch)[:, None]).ravel()
     return np.bincount(flat, minlength=batch * n).reshape(batch, n).astype(np.float64)
+
+
+def _means(counts: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of the (image, item) values over each resample, (batch, item).
+
+    Not by BLAS, which may sum the last columns in another order than the first: equal items must tie to the last bit.
+    """
+    return np.einsum("bn,in->bi", counts, np.ascontiguousarray(values.T)) / len(values)
 
 
 def _percentiles(draws: NDArray, n: int, level: float) -> tuple[float, float]:
@@ -268,7 +339,59 @@ def _spearman(a: NDArray, b: NDArray) -> NDArray:
     return _product(*(r - r.mean(axis=1, keepdims=True) for r in ranks))
 
 
+def _pearson(a: NDArray, b: NDArray) -> NDArray:
+    # from each row's first value, so that a constant row is exactly zero and not a mean's rounding error
+    rows = [x - x[:, :1] for x in (a, b)]
+    return _product(*(x - x.mean(axis=1, keepdims=True) for x in rows))
+
+
+def _spearman_of_pairs(a: NDArray, b: NDArray) -> Statistic:
+    """Spearman's rho over the (image, item) pairs of each resample, ranked exactly and without sorting any of them.
+
+    A resample holds the sample's distinct values in the sample's order; only the copies w_g of value g change. The
+    mean rank of its copies is w_1 + ... + w_g - (w_g - 1) / 2, that of all N values is (N + 1) / 2, and the sum of
+    their squared differences (N^3 - sum w_g^3) / 12 (Kendall 1948, the correction for ties).
+    """
+    (n, n_items), n_pairs = a.shape, a.size
+    image = np.repeat(np.arange(n), n_items)
+    groups = [np.unique(x, return_inverse=True)[1].ravel() for x in (a, b)]
+    held = [csr_array((np.ones(n_pairs), (group, image))) for group in groups]
+
+    def rho(counts: NDArray) -> NDArray:
+        drawn, ranks, spread = np.ascontiguousarray(counts.T), [], []
+        for group, by_image in zip(groups, held, strict=True):
+            copies = by_image @ drawn  # (value, resample)
+            ranks.append((copies.cumsum(axis=0) - 0.5 * (copies + n_pairs)).take(group, axis=0))
+            spread.append(n_pairs**3 - np.einsum("vr,vr->r", copies * copies, copies))
+        product = np.multiply(*ranks, out=ranks[0]).reshape(n, n_items, -1)
+        return _quotient(12 * np.einsum("nir,nr->r", product, drawn), np.sqrt(spread[0] * spread[1]))
+
+    def in_parts(counts: NDArray) -> NDArray:
+        parts = np.array_split(counts, -(-len(counts) * n_pairs // _PART))
+        return np.concatenate([rho(part) for part in parts if len(part)])
+
+    return in_parts
+
+
+def _pearson_of_pairs(a: NDArray, b: NDArray) -> Statistic:
+    """Pearson's r over the (image, item) pairs of each resample, from each image's sums: one matrix product."""
+    x, y = (values - values.mean() for values in (a, b))
+    sums = np.stack([s.sum(axis=1) for s in (x, y, x * x, y * y, x * y)], axis=1)
+
+    def r(counts: NDArray) -> NDArray:
+        x, y, xx, yy, xy = (counts @ sums / a.size).T
+        # a difference within rounding is no spread
+        spread = [np.where(v > 1e-12 * s, v, 0) for v, s in ((xx - x * x, xx), (yy - y * y, yy))]
+        return _quotient(xy - x * y, np.sqrt(spread[0] * spread[1]))
+
+    return r
+
+
 def _product(a: NDArray, b: NDArray) -> NDArray:
     """sum ab / sqrt(sum aa sum bb) by rows; NaN where a row is all zero."""
-    norm = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), norm, out=np.full(len(a), np.nan), where=norm > 0)
+    return _quotient((a * b).sum(axis=1), np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)))
+
+
+def _quotient(a: NDArray, b: NDArray) -> NDArray:
+    """a / b, NaN where b is zero: what does not vary has no correlation."""
+    return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)

@@ -24,10 +24,11 @@ profile = "demo"  # demo, paper, or the path of a yaml file
 overrides = {}  # any key of the profile, such as {"n_images": 64}
 
 # %%
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
-from clipshift_core import augment, exam, figures_world, scenes
+from clipshift_core import attention, augment, exam, figures_method, figures_world, scenes
 from clipshift_core.workbench import Workbench
 
 bench = Workbench.open("00", profile, overrides)
@@ -67,6 +68,17 @@ bench.show(
     ),
     "nine-views",
     alt="Four images in rows, each in its original and under the nine augmentations.",
+)
+
+# %%
+first = bench.views(some["image_id"].iloc[0])
+points = encoder.readable(["attention.-1"])
+found = encoder.encode(first, capture=points)
+maps = attention.to_map(found.captured[points[0]], encoder.grid).numpy() if points else np.full((len(first), 1, 1), np.nan)
+bench.show(
+    figures_method.method(first, found.embedding.numpy(), maps, augment.VIEWS),
+    "method",
+    alt="From an image over its nine views and CLIP's image encoder to embedding, attention and pixels, and the metrics of each.",
 )
 
 # %% [markdown]

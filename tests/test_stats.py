@@ -109,6 +109,34 @@ def test_bootstrap_table_is_one_row_a_group_in_order_of_appearance(rng):
     assert single["mean"] == 2 and single[["std", "low", "high"]].isna().all()
 
 
+def test_bootstrap_of_counts_is_that_of_the_drawn_images(rng):
+    values = rng.gamma(2.0, size=30)
+    as_counts = stats.bootstrap(lambda counts: counts @ values / 30, 30, **SETTINGS)
+    by_index = stats.bootstrap_mean(np.sort(values), **SETTINGS)
+    assert as_counts.mean == pytest.approx(by_index.mean, rel=1e-12)
+    # the same resamples of another order of the images: equal up to the noise of 2,000 draws
+    assert [as_counts.low, as_counts.high] == pytest.approx([by_index.low, by_index.high], abs=0.1 * values.std())
+    in_order = np.sort(values)
+    exact = stats.bootstrap(lambda counts: counts @ in_order / 30, 30, **SETTINGS)
+    np.testing.assert_allclose(exact, by_index, rtol=1e-12)
+
+
+def test_bootstrap_draws_are_one_value_a_resample_whatever_the_statistic(rng):
+    values = rng.normal(size=(25, 3))
+    draws = stats.bootstrap_draws(lambda counts: (counts @ values).max(axis=1) / 25, 25, **SETTINGS)
+    (index,) = stats._resamples(25, **SETTINGS)
+    slow = [values[i].mean(axis=0).max() for i in index]
+    np.testing.assert_allclose(draws, slow, rtol=1e-12)
+
+
+def test_bootstrap_leaves_out_resamples_without_a_value():
+    # of two images the statistic is known only where both are drawn, and then it is 1
+    both = stats.bootstrap(lambda counts: np.where(counts.min(axis=1) > 0, 1.0, np.nan), 2, **SETTINGS)
+    assert both == (1, 1, 1)
+    assert np.isnan(stats.bootstrap(lambda counts: np.full(len(counts), np.nan), 2, **SETTINGS)).all()
+    assert np.isnan(stats.bootstrap(lambda counts: counts.sum(axis=1), 1, **SETTINGS)[1:]).all()
+
+
 # paired tests
 
 
@@ -233,12 +261,101 @@ def test_rank_agreement_interval_draws_the_same_images_for_both(rng):
     assert [result.low, result.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=0.14)
 
 
+def test_items_with_equal_values_tie_in_every_resample(rng):
+    for n in (3, 40, 333):
+        a = np.tile(rng.normal(size=(n, 1)), 11)
+        assert np.isnan(stats.rank_agreement(a, rng.normal(size=(n, 11)), **SETTINGS)).all()
+
+
 def test_rank_agreement_of_no_order_is_unknown():
     assert np.isnan(stats.rank_agreement(np.ones((5, 4)), np.arange(20.0).reshape(5, 4), **SETTINGS)).all()
     with pytest.raises(ValueError, match="same images and items"):
         stats.rank_agreement(np.ones((5, 4)), np.ones((5, 3)), **SETTINGS)
     with pytest.raises(ValueError, match="kendall"):
         stats.rank_agreement(np.ones((5, 4)), np.ones((5, 4)), method="pearson", **SETTINGS)
+
+
+# correlation
+
+ORACLES = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}
+
+
+def slow_correlation(a: np.ndarray, b: np.ndarray, over: str, method: str) -> float:
+    oracle = ORACLES[method]
+    if over == "pairs":
+        return oracle(a.ravel(), b.ravel()).statistic
+    if over == "augmentations":
+        return oracle(a.mean(axis=0), b.mean(axis=0)).statistic
+    return np.mean([oracle(x, y).statistic for x, y in zip(a, b, strict=True)])
+
+
+@pytest.mark.parametrize("method", ["spearman", "pearson"])
+@pytest.mark.parametrize("over", ["pairs", "augmentations", "within"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlation_is_scipys_and_its_interval_that_of_a_plain_loop(rng, over, method, ties):
+    a = rng.normal(size=(20, 9)) + 0.3 * np.arange(9)
+    b = a + rng.normal(size=(20, 9))
+    if ties:
+        a, b = a.round(), (2 * b).round()
+    settings = {"n_resamples": 200, "seed": 3}
+    result = stats.correlation(a, b, over=over, method=method, **settings)
+    assert result.mean == pytest.approx(slow_correlation(a, b, over, method), abs=1e-12)
+    (index,) = stats._resamples(20, **settings)
+    if over == "within":  # a mean of values by image, which bootstrap_mean sorts first
+        each = np.sort([ORACLES[method](x, y).statistic for x, y in zip(a, b, strict=True)])
+        slow = [each[i].mean() for i in index]
+    else:
+        slow = [slow_correlation(a[i], b[i], over, method) for i in index]
+    assert [result.low, result.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9)
+
+
+def test_the_three_views_of_a_correlation_differ_where_they_should():
+    """Brighter images score higher on both sides, but within an image the two metrics oppose each other."""
+    between, item = 10.0 * np.arange(6)[:, None], np.arange(4.0)
+    a, b = between + item, between - item
+    assert stats.correlation(a, b, over="within", **SETTINGS) == (-1, -1, -1)
+    assert stats.correlation(a, b, over="augmentations", **SETTINGS).high == pytest.approx(-1)
+    # ranks in a: image by image, 4 each; in b reversed within each image: d = 3, 1, 1, 3 and
+    # rho = 1 - 6 * 6 * 20 / (24 * (24^2 - 1)) = 1 - 720 / 13800
+    assert stats.correlation(a, b, **SETTINGS).mean == pytest.approx(1 - 720 / 13800, abs=1e-12)
+
+
+def test_correlation_does_not_depend_on_how_its_resamples_are_parted(rng, monkeypatch):
+    a = rng.normal(size=(40, 9))
+    b = a + rng.normal(size=(40, 9))
+    whole = stats.correlation(a, b, **SETTINGS)
+    for part in (1, 1000, 10**9):
+        monkeypatch.setattr(stats, "_PART", part)
+        np.testing.assert_allclose(stats.correlation(a, b, **SETTINGS), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["spearman", "pearson"])
+def test_correlation_with_something_constant_is_unknown(rng, method):
+    # 0.1 does not sum to a multiple of itself exactly
+    a, flat = rng.normal(size=(7, 9)), np.full((7, 9), 0.1)
+    for over in ("pairs", "augmentations", "within"):
+        assert np.isnan(stats.correlation(a, flat, over=over, method=method, **SETTINGS)).all()
+    partly = a.copy()
+    partly[0] = 0.1
+    assert stats.correlation(partly, -partly, over="within", method=method, **SETTINGS).mean == pytest.approx(-1)
+    # of two images the one that is flat is a resample of its own
+    pairs = stats.correlation(partly[:2], partly[:2], method=method, **SETTINGS)
+    assert pairs == pytest.approx((1, 1, 1))
+
+
+def test_correlation_of_one_image_has_no_interval_and_bad_arguments_are_refused():
+    a = np.arange(9.0)[None]
+    for over in ("pairs", "augmentations", "within"):
+        one = stats.correlation(a, a**2, over=over, **SETTINGS)
+        assert one.mean == pytest.approx(1) and np.isnan(one[1:]).all()
+    with pytest.raises(ValueError, match="same images and items"):
+        stats.correlation(np.ones((5, 4)), np.ones((5, 3)), **SETTINGS)
+    with pytest.raises(ValueError, match="1 of 9 values"):
+        stats.correlation(a, np.where(a == 3, np.nan, a), **SETTINGS)
+    with pytest.raises(ValueError, match="pearson"):
+        stats.correlation(a, a, method="kendall", **SETTINGS)
+    with pytest.raises(ValueError, match="'images'"):
+        stats.correlation(a, a, over="images", **SETTINGS)
 
 
 # linkage
