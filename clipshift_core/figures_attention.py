@@ -46,12 +46,13 @@ def attention_overlays(
     is written under each. Raises ValueError where pictures, maps, names and similarity do not belong together.
     """
     _check(pictures, maps, 2)
-    order = [list(names).index(name) for name in in_order(names)]
-    if len(names) != maps.shape[1]:
-        raise ValueError(f"{len(names)} names for {maps.shape[1]} views")
+    augmented = [name != "original" for name in names]
+    if len(names) != maps.shape[1] or similarity is not None and np.shape(similarity) != (len(maps), sum(augmented)):
+        raise ValueError(f"{len(names)} names and similarity of shape {np.shape(similarity)} for maps of {maps.shape}")
     values = np.full(maps.shape[:2], np.nan)
     if similarity is not None:
-        values[:, [name != "original" for name in names]] = similarity
+        values[:, augmented] = similarity
+    order = [list(names).index(name) for name in in_order(names)]
     cell = (WIDTH - 20) / len(order)
     above, below = 26 * (captions is not None) / cell, (12 + 12 * (similarity is not None)) / cell
     tops = [i * (2 + above + below) + above for i in range(len(pictures))]
