@@ -94,15 +94,20 @@ def correlation_cells(table: pd.DataFrame, width: float) -> go.Heatmap:
     for i, below in enumerate(metrics[1:], start=1):
         rows = [pairs.get(frozenset((below, before))) if j < i else None for j, before in enumerate(metrics[:-1])]
         z.append([None if row is None else numbers([row.mean])[0] for row in rows])
+        # an interval of 14 characters takes some 95 px; the hover has it either way
         text.append(["" if row is None else _interval(row) for row in rows])
     return go.Heatmap(
         z=z,
-        x=["<br>".join(textwrap.wrap(brief(metric), int(cell / 7.5))) for metric in metrics[:-1]],
+        x=[
+            "<br>".join(textwrap.wrap(brief(metric), max(1, int(cell / 7.5)), break_long_words=False))
+            for metric in metrics[:-1]
+        ],
         y=[brief(metric) for metric in metrics[1:]],
-        text=text,
+        text=text if cell > 95 else [[each.split("<br>")[0] for each in row] for row in text],
+        customdata=text,
         texttemplate="%{text}",
-        textfont={"size": 13 if cell > 95 else 11},
-        hovertemplate="%{y} and %{x}: %{text}<extra></extra>",
+        textfont={"size": 13},
+        hovertemplate="%{y} and %{x}: %{customdata}<extra></extra>",
         colorscale=DIVERGING,
         zmin=-1,
         zmax=1,
