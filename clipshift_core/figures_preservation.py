@@ -36,12 +36,13 @@ FLOOR = 65025 / 65274
 
 def radar(summary: pd.DataFrame) -> go.Figure:
     """One panel an augmentation, its five similarities a closed line (paper A, figure 5), the others in grey."""
-    means = _means(summary, SIMILARITIES)
+    similarities = _measured(summary)
+    means = _means(summary, similarities)
     names, n_columns = list(means.index), 3
     n_rows = -(-len(names) // n_columns)
     start = _start(means)
     figure = _panels(
-        "What each augmentation preserves, in five similarities",
+        "What each augmentation preserves",
         f"Mean over {n_images(summary['n'])}; every axis runs from {_signed(start)} at the centre"
         " to 1, unchanged, at the rim; in grey the others",
         n_rows,
@@ -54,11 +55,11 @@ def radar(summary: pd.DataFrame) -> go.Figure:
     )
     figure.update_annotations(yshift=12)
     figure.update_layout(margin={"t": 130, "l": 70, "r": 90, "b": 40})
-    axes = [brief(metric) for metric in SIMILARITIES]
+    axes = [brief(metric) for metric in similarities]
     for i, name in enumerate(names):
         where = {"row": i // n_columns + 1, "col": i % n_columns + 1}
         others = [
-            [*numbers(means.loc[other, [*SIMILARITIES, SIMILARITIES[0]]]), None] for other in names if other != name
+            [*numbers(means.loc[other, [*similarities, similarities[0]]]), None] for other in names if other != name
         ]
         figure.add_scatterpolar(
             r=[value for line in others for value in line],
@@ -69,7 +70,7 @@ def radar(summary: pd.DataFrame) -> go.Figure:
             **where,
         )
         figure.add_scatterpolar(
-            r=numbers(means.loc[name, [*SIMILARITIES, SIMILARITIES[0]]]),
+            r=numbers(means.loc[name, [*similarities, similarities[0]]]),
             theta=[*axes, axes[0]],
             mode="lines+markers",
             line={"color": COLOURS.get(name, MUTED), "width": 2.5},
@@ -107,19 +108,20 @@ def radar(summary: pd.DataFrame) -> go.Figure:
 
 def comparison_bars(summary: pd.DataFrame, *, level: float = 0.95) -> go.Figure:
     """The five similarities of every augmentation with their intervals, one panel a metric (paper A's bars)."""
-    means = _means(summary, SIMILARITIES)
+    similarities = _measured(summary)
+    means = _means(summary, similarities)
     start, names = _start(means), list(means.index)
     figure = _panels(
-        "Five similarities between an image and its augmented view",
+        "Similarities between an image and its augmented view",
         f"Mean over {n_images(summary['n'])} with its {level:.0%} interval;"
         f" every axis runs from {_signed(start)} to 1, unchanged",
         1,
-        len(SIMILARITIES),
+        len(similarities),
         height=150 + 42 * len(names),
         shared_yaxes=True,
         horizontal_spacing=0.02,
     )
-    for i, metric in enumerate(SIMILARITIES):
+    for i, metric in enumerate(similarities):
         rows = _rows(summary, metric, names)
         _bars(figure, rows, [_decimals(v) for v in rows["mean"]], row=1, col=i + 1)
         title = metric_spec(metric).label
@@ -140,7 +142,8 @@ def overall(
     in `correlation_heatmap`. Boxes run from the first to the third quartile, their whiskers from 5 to
     95 % of the images.
     """
-    means = _means(summary, ("l2", *SIMILARITIES))
+    similarities = _measured(summary)
+    means = _means(summary, ("l2", *similarities))
     names = list(means.index)
     labels = [label(name) for name in names]
     figure = _panels(
@@ -179,11 +182,11 @@ def overall(
         )
     figure.update_xaxes(title=metric_spec("cosine").axis, row=1, col=2)
     figure.update_yaxes(showticklabels=False, row=1, col=2)
-    five = means[list(SIMILARITIES)]
+    five = means[similarities]
     span = (five.max() - five.min()).replace(0, 1)
     figure.add_heatmap(
         z=[numbers(row) for row in ((five.max() - five) / span).to_numpy()],
-        x=[brief(metric) for metric in SIMILARITIES],
+        x=[brief(metric) for metric in similarities],
         y=labels,
         text=[[_decimals(v) for v in row] for row in five.to_numpy()],
         texttemplate="%{text}",
@@ -324,6 +327,11 @@ def _panels(
     figure.update_annotations(font={"size": 14})
     figure.update_layout(layout)
     return figure
+
+
+def _measured(summary: pd.DataFrame) -> list[str]:
+    """The five similarities; the four others for a model whose attention cannot be read."""
+    return [metric for metric in SIMILARITIES if metric != "attention" or metric in set(summary["metric"])]
 
 
 def _means(summary: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

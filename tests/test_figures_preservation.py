@@ -251,3 +251,10 @@ def test_ranks_are_those_of_either_mean_and_bold_where_they_differ():
     near, far = sorted({shift for _, shift in written})
     assert [written[label, near] for label in places] == ["<b>2</b>", "<b>1</b>", "<b>2</b>", "4"]
     assert [written[label, far] for label in places] == ["<b>1</b>", "<b>2</b>", "<b>3</b>", "4"]
+
+
+def test_without_attention_the_other_four_are_shown(summary):
+    without = summary[summary["metric"] != "attention"]
+    assert list(radar(without).data[-1].theta) == ["Cosine", "Patch", "Edge", "Detail", "Cosine"]
+    titles = [axis.title.text for axis in comparison_bars(without).select_xaxes()]
+    assert titles == ["Cosine similarity", "Patch similarity", "Edge preservation", "Detail preservation"]
