@@ -91,6 +91,7 @@ METRICS = {
     "l2": Metric("L2 distance", "units of the embedding", True, (0, float("inf"))),
     "l2_normalised": Metric("L2 distance of unit vectors", "0 same, 2 opposite", True, (0, 2)),
     "cosine": Metric("Cosine similarity", "1 same, 0 unrelated", False, (-1, 1)),
+    "cosine_distance": Metric("Cosine distance", "0 same, 1 unrelated", True, (0, 2)),
     "attention": Metric("Attention similarity", "1 same, 0.5 opposite", False, (0.5, 1), "attention"),
     "patch": Metric("Patch similarity", "1 same, 0.5 opposite", False, (0.5, 1), "pixels"),
     "patch_published": Metric(
@@ -101,7 +102,7 @@ METRICS = {
     "ssim": Metric("SSIM", "1 same, 0 unrelated", False, (-1, 1), "pixels"),
     "mse": Metric("Mean squared error", "squared grey levels", True, (0, 255.0**2), "pixels"),
 }
-"""Those of the one pass, in the reading order: three of the embedding, then attention, then pixels."""
+"""In the reading order: of the embedding, then attention, then pixels."""
 
 SIMILARITIES = ("cosine", "attention", "patch", "edge", "detail")
 """The five that paper A's radar, bars and heatmap compare, in its order."""

@@ -27,7 +27,6 @@ from clipshift_core.canvas import (
 from clipshift_core.dose import By
 
 SPECS = {
-    "cosine_distance": Metric("Cosine distance", "0 same, 1 unrelated", True, (0, 2)),
     "mse": Metric("Mean squared error", "squared grey levels, logarithmic", True, (0, 255.0**2)),
     "ssim": Metric("1 − SSIM", "0 same, 1 unrelated, logarithmic", True, (0, 2)),
 }

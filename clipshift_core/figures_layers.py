@@ -50,11 +50,8 @@ def block_lines(table: pd.DataFrame, measure: str = "distance", *, level: float 
         table = table.assign(mean=1 - table["cka"], low=1 - table["high"], high=1 - table["low"])
     names, blocks = in_order(table["augmentation"]), sorted(table["block"].unique().tolist())
     height, margin = 560, {"t": 100, "b": 70, "r": 240}
-    figure = canvas(
-        title, f"Mean over {n_images(table['n'])} with {level:.0%} intervals", height=height, showlegend=False
-    )
-    if measure == "cka":
-        figure.update_layout(title_subtitle_text=f"Over {n_images(table['n'])} with {level:.0%} intervals, debiased")
+    what = "Debiased, over" if measure == "cka" else "Mean over"
+    figure = canvas(title, f"{what} {_images(table, level)}", height=height, showlegend=False)
     figure.update_layout(margin=margin)
     ends = []
     for name in names:
@@ -236,7 +233,7 @@ def model_scatter(table: pd.DataFrame, *, level: float = 0.95) -> go.Figure:
     )
     empty = canvas(
         "How far each augmentation moves the embedding, model against model",
-        f"Mean cosine distance over {n_images(table['n'])} with {level:.0%} intervals; dashed: both move alike",
+        f"Mean cosine distance over {_images(table, level)}; dashed: both move alike",
         height=plot + 180,
     )
     figure.update_layout(empty.layout)
@@ -302,6 +299,12 @@ def _end_label(figure: go.Figure, x: float, y: float, text: str, colour: str, do
     at = {"x": x, "y": numbers([y])[0], "ax": 56, "ay": numbers([down])[0], "xanchor": "left", "yanchor": "middle"}
     arrow = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1.2, "arrowcolor": colour, "standoff": 6}
     figure.add_annotation(**at, **arrow, text=text, font={"size": 13})
+
+
+def _images(table: pd.DataFrame, level: float) -> str:
+    """ "512 images, with 95% intervals", in a subtitle."""
+    known = f"with {level:.0%} intervals" if table["low"].notna().any() else "intervals unknown"
+    return f"{n_images(table['n'])}, {known}"
 
 
 def _bounds(rows: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,7 @@ class PassError(RuntimeError):
     """An image that is gone, damaged or another one than when the manifest was made."""
 
 
-def _show(done: int, total: int) -> None:
+def show(done: int, total: int) -> None:
     note(f"images {done} of {total}")
 
 
@@ -70,7 +70,7 @@ def measure(
     encoder: "Encoder",
     *,
     base: Path | None = None,
-    progress: Callable[[int, int], None] = _show,
+    progress: Callable[[int, int], None] = show,
     workers: int | None = None,
 ) -> xr.Dataset:
     """How far each view of each image moves the embedding, as a lazily opened dataset.
@@ -240,14 +240,22 @@ def points_of(encoder: "Encoder") -> list[str]:
 
 @contextmanager
 def drawn(
-    profile: Profile, manifest: Manifest, base: Path, spans: list[slice], workers: int | None
+    profile: Profile,
+    manifest: Manifest,
+    base: Path,
+    spans: list[slice],
+    workers: int | None,
+    *,
+    views: Callable[..., UInt8[np.ndarray, "view height width 3"]] = augment.views,
 ) -> Iterator[Iterator[UInt8[np.ndarray, "image view height width 3"]]]:
     """The views of each span of images, in order, drawn ahead by threads.
+
+    views: what draws those of one image, called as `augment.views` is.
 
     Raises PassError for an image that is not what the manifest says.
     """
 
-    def draw(row: dict[str, Any], out: UInt8[np.ndarray, "view height width 3"]) -> None:
+    def draw(row: dict[str, Any]) -> UInt8[np.ndarray, "view height width 3"]:
         try:
             data = manifests.read(row, base)
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
@@ -258,21 +266,16 @@ def drawn(
                 f"image {row['image_id']} ({row['path']} of {base}): {error}. It was good when the manifest was "
                 "made; restore it, or make the manifest again"
             ) from error
-        out[:] = augment.views(image, seed=profile.seed, image_id=row["image_id"])
-
-    def start(span: slice) -> tuple[np.ndarray, list[Future]]:
-        rows = manifest.images[span].to_dict("records")
-        out = np.empty((len(rows), len(augment.VIEWS), profile.image_size, profile.image_size, 3), np.uint8)
-        return out, [pool.submit(draw, row, views) for row, views in zip(rows, out, strict=True)]
+        return views(image, seed=profile.seed, image_id=row["image_id"])
 
     def batches() -> Iterator[np.ndarray]:
-        waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
+        waiting: deque[list[Future]] = deque()
         for span in spans:
-            waiting.append(start(span))
+            waiting.append([pool.submit(draw, row) for row in manifest.images[span].to_dict("records")])
             if len(waiting) > AHEAD:
-                yield _finished(*waiting.popleft())
+                yield np.stack([drawing.result() for drawing in waiting.popleft()])
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield np.stack([drawing.result() for drawing in waiting.popleft()])
 
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="draw")
     try:
@@ -295,9 +298,3 @@ def _one_thread_each() -> Iterator[None]:
             yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _finished(views: np.ndarray, drawing: list[Future]) -> np.ndarray:
-    for future in drawing:
-        future.result()
-    return views
