@@ -14,6 +14,8 @@ test lab model: export OPENBLAS_NUM_THREADS := 1
 test lab model: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 test lab model: export MALLOC_MMAP_THRESHOLD_ := 1073741824
 test lab model: export NO_ALBUMENTATIONS_UPDATE := 1
+# Several processes share the cores: torch's threads are to sleep while they wait, not to spin.
+test: export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce refresh test lab model bench figures clean

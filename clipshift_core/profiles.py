@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -103,16 +103,6 @@ class Profile:
             return cls(**choices)
         except ProfileError as error:
             raise ProfileError(f"profile {path}: {error}") from None
-
-    def of_model(self, model: str) -> "Profile":
-        """The same run on another model, given as in `models`. Raises ProfileError for one that is not there."""
-        if (ROOT / model).is_dir() or model.startswith("hf-hub:"):
-            chosen = replace(self, model=model, pretrained=None)
-        else:
-            name, _, tag = model.partition("/")
-            chosen = replace(self, model=name, pretrained=tag or None)
-        chosen.check()
-        return chosen
 
     def check(self) -> None:
         """Raise ProfileError if the source, the model folder or the class list is not there."""
