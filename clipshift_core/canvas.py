@@ -276,21 +276,9 @@ def _start_drawing(path: str, timeout: float = 120.0) -> str | None:
     return f"{path} did not draw ({why})"
 
 
-class _SmallPng(pio.base_renderers.PngRenderer):
-    """Pictures of 256 colours: a gallery takes a quarter of the space in a committed notebook."""
-
-    def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
-        content = io.BytesIO(base64.b64decode(super().to_mimebundle(fig_dict)[self.mime_type]))
-        small = io.BytesIO()
-        with Image.open(content) as picture:
-            picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-        return {self.mime_type: base64.b64encode(small.getvalue()).decode()}
-
-
 def use_renderer() -> str:
     """Set how notebooks show figures: interactive, with a PNG beside it for GitHub where a browser can draw one."""
     pio.renderers["plotly_mimetype"].config = CONFIG
-    pio.renderers["png"] = _SmallPng()
     pio.renderers.default = "plotly_mimetype+png" if browser() else "plotly_mimetype"
     return pio.renderers.default
 

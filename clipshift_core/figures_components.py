@@ -74,16 +74,16 @@ def component_gallery(
         )
     most, lines = max(map(len, pictures)), 1 if maps is None else 2
     cell = min((WIDTH - 20 - LEFT) / most, 130)
-    left, pitch = LEFT / cell, lines + max(0, 104 - lines * cell) / cell + 0.12
+    left, pitch = round(LEFT / cell, 4), lines + max(0, 104 - lines * cell) / cell + 0.12
     tiles, places, hover = [], [], []
     for i, row in enumerate(components.itertuples()):
         for e, picture in enumerate(pictures[i]):
             tiles.append(picture)
-            places.append((left + e, i * pitch))
+            places.append((round(left + e, 4), round(i * pitch, 4)))
             hover.append(f"{row.label} (latent {row.latent}), example {e + 1}")
             if maps is not None:
                 tiles.append(overlay(picture, maps[i][e]))
-                places.append((left + e, i * pitch + 1))
+                places.append((round(left + e, 4), round(i * pitch + 1, 4)))
                 hover.append(f"{hover[-1]}: where it is on")
     how = "The images that activate each most, the strongest first"
     if maps is not None:
@@ -95,7 +95,7 @@ def component_gallery(
     for i, row in enumerate(components.itertuples()):
         name = "<br>".join(textwrap.wrap(str(row.label), 22, max_lines=2, placeholder=" …"))
         scores = [f"latent {row.latent}", f"alignment {_known(row.alignment)}", f"clarity {_known(row.clarity)}"]
-        scores.append(f"on in {_share(row.frequency)} of images")
+        scores.append(f"on in {short(100 * row.frequency)} % of images" if row.frequency else "never on")
         figure.add_annotation(
             x=-0.5,
             y=numbers([i * pitch - 0.47])[0],
@@ -121,8 +121,8 @@ def recovery(summary: pd.DataFrame, *, n_factors: int, level: float = 0.95) -> g
         title={
             "text": "How well single units recover the factors of the world",
             "subtitle": {
-                "text": f"{n_factors} factor values on images that no unit was chosen on, with {level:.0%} intervals;"
-                " the dotted line is chance"
+                "text": f"{n_factors} factor values on images that no unit was chosen on; {level:.0%} intervals,"
+                " of counts from surely to possibly; dotted: chance"
             },
         },
         height=190 + 46 * len(bases),
@@ -147,12 +147,14 @@ def recovery(summary: pd.DataFrame, *, n_factors: int, level: float = 0.95) -> g
             col=c,
         )
         most = float(np.nanmax(rows[["mean", "high"]].to_numpy()))
-        spread = {"auroc": [0.47, 1.03], "f1": [-0.03, 1.03]}.get(measure, [-0.06 * max(most, 5), 1.15 * max(most, 5)])
-        figure.update_xaxes(range=numbers(spread), row=1, col=c)
+        if whole:
+            figure.update_xaxes(range=numbers([-0.06 * max(most, 5), 1.15 * max(most, 5)]), row=1, col=c)
+            figure.update_xaxes(nticks=5, tickformat="d", row=1, col=c)
+        else:
+            least = min(_range(rows["mean"])[0], 0.46) if measure == "auroc" else -0.03
+            figure.update_xaxes(range=numbers([least, 1.04]), dtick=0.25, row=1, col=c)
         if measure == "auroc":
             figure.add_vline(x=0.5, line={"color": INK, "width": 1.5, "dash": "dot"}, row=1, col=c)
-        if whole:
-            figure.update_xaxes(nticks=5, tickformat="d", row=1, col=c)
     figure.update_yaxes(range=[len(bases) - 0.5, -0.7], type="category", showgrid=False)
     return figure
 
@@ -177,7 +179,7 @@ def recovery_by_factor(factors: pd.DataFrame, measure: str = "auroc", *, level: 
             "text": f"Which factors of the world have a unit, by {name} of the best one",
             "subtitle": {
                 "text": f"Units chosen on other images; intervals ({level:.0%}) of the {_basis(bases[0])[0].lower()};"
-                " bold: a unit of its own there"
+                " bold: a unit of its own there (by AUROC)"
             },
         },
         height=170 + 19 * longest,
@@ -265,7 +267,13 @@ def frequency_and_clarity(components: pd.DataFrame) -> go.Figure:
             name=f"{name} ({len(rows):,})",
         )
     figure.add_vline(x=DENSE_FROM, line={"color": INK, "width": 1.5, "dash": "dash"})
-    figure.update_xaxes(title="Share of images on which the latent is on (logarithmic)", type="log", tickformat=".2~%")
+    ticks = [digit * 10.0**power for power in range(-7, 0) for digit in (1, 2, 5)] + [1.0]
+    figure.update_xaxes(
+        title="Share of images on which the latent is on (logarithmic)",
+        type="log",
+        tickvals=numbers(ticks),
+        ticktext=[f"{100 * tick:g} %" for tick in ticks],
+    )
     figure.update_yaxes(title="Clarity (1 examples alike, 0 unrelated)")
     return figure
 
@@ -298,7 +306,3 @@ def _basis(name: str) -> tuple[str, str, str]:
 
 def _known(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "unknown"
-
-
-def _share(value: float) -> str:
-    return f"{short(100 * value)} %" if value > 0 else "none"
