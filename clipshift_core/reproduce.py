@@ -16,11 +16,11 @@ profile and the input files.
 
 import argparse
 import ast
-import csv
 import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -42,7 +42,7 @@ from rich.table import Table
 from rich.text import Text
 from traitlets.config import Config
 
-from . import profiles, progress, provenance
+from . import claims, profiles, progress, provenance
 from .profiles import Profile, ProfileError
 
 PARAMETERS = ("profile", "overrides")
@@ -279,8 +279,8 @@ def _products(run_dir: Path) -> dict[str, int]:
     """Each figure and table of a run with the time it was written (nanoseconds)."""
     files = [path for folder in ("figures", "tables") for path in (run_dir / folder).rglob("*")]
     found = {str(path.relative_to(run_dir)): path.stat().st_mtime_ns for path in files if path.is_file()}
-    claims = run_dir / "claims.csv"
-    return found | ({claims.name: claims.stat().st_mtime_ns} if claims.exists() else {})
+    ledger = run_dir / "claims.csv"
+    return found | ({ledger.name: ledger.stat().st_mtime_ns} if ledger.exists() else {})
 
 
 def _valid_stamp(run_dir: Path, notebook: Notebook, key: str) -> dict | None:
@@ -321,14 +321,15 @@ def summarise(result: Run, console: Console) -> None:
         seconds = f"{stamp['seconds']:.1f}" + ("" if name in result.executed else " (before)")
         table.add_row(name, seconds, *map(str, counts))
     console.print(table)
-    claims = run_dir / "claims.csv"
-    if claims.exists():
-        with claims.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        ledger = Table(*header, box=None, title="claims")
-        for row in rows:
-            ledger.add_row(*(Text(value) for value in row))
-        console.print(ledger)
+    ledger = claims.read(run_dir / "claims.csv")
+    if len(ledger):
+        table = Table("claim", "statement", "value", "95 % interval", "verdict", box=None, title="claims")
+        for row in ledger.itertuples():
+            interval = f"{row.ci_low:.3g} to {row.ci_high:.3g}" if math.isfinite(row.ci_low) else "none"
+            table.add_row(row.claim, Text(row.statement), f"{row.value:.3g}", interval, row.verdict)
+        console.print(table)
+        if warning := claims.caveat(result.profile):
+            console.print(warning, highlight=False)
     for what in ("notebooks", "figures", "tables"):
         console.print(f"{what:10}{run_dir / what}", highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from clipshift_core import profiles, progress, provenance, publish, reproduce
+from clipshift_core import claims, profiles, progress, provenance, publish, reproduce
 from clipshift_core.profiles import ProfileError
 from clipshift_core.reproduce import RunError, overrides_from, run
 
@@ -248,11 +248,13 @@ def test_a_kernel_can_note_its_progress(tmp_path):
 
 def test_the_summary_shows_counts_and_claims(stand_in):
     result = run("small", console=QUIET)
-    (result.profile.run_dir / "claims.csv").write_text("claim,verdict\nA1 [x],reproduced\n")
+    (stand_in / "notebooks" / "profiles" / "paper.yaml").write_text("source: s\nmodel: m\n")
+    row = claims.Claim("A1", "moves [x] most", "mean", 1.25, 1.0, 1.5, 7, "reproduced", "02")
+    claims.record(result.profile.run_dir / "claims.csv", [row])
     console = Console(width=110, record=True, file=io.StringIO())
     reproduce.summarise(result, console)
     text = console.export_text()
-    assert "A1 [x]" in text and "reproduced" in text and str(result.profile.run_dir / "figures") in text
+    assert "A1     moves [x] most  1.25   1 to 1.5       reproduced" in text and str(result.profile.run_dir / "figures") in text
     row = next(line.split() for line in text.splitlines() if "01_second" in line)
     assert row[2:] == ["0", "1"]
 
