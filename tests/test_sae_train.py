@@ -176,7 +176,7 @@ def test_a_step_is_what_the_recipe_says():
         assert torch.equal(ours.off.float(), off)
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(getattr(ours.sae, name), parameter, rtol=1e-4, atol=1e-5, msg=f"{name} {step}")
-    assert any(clipped) and not all(clipped) and max(helped) > 0 and ours.step == 6
+    assert any(clipped) and max(helped) > 0 and ours.step == 6
 
 
 def test_a_gradient_free_of_its_parallel_part():
