@@ -9,6 +9,8 @@ MODEL ?=
 FORCE ?=
 
 RUN := .venv/bin/python -m
+# Python keeps what it has compiled, whatever the user's environment says: else each of the many kernels compiles anew.
+export PYTHONDONTWRITEBYTECODE :=
 # The runner sets the same for its kernels (clipshift_core/reproduce.py says why).
 test lab model: export OPENBLAS_NUM_THREADS := 1
 test lab model: export MALLOC_TRIM_THRESHOLD_ := 1073741824
@@ -43,11 +45,14 @@ test: setup ## lint, unit tests, and every committed notebook run again and comp
 lab: setup ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab notebooks
 
-model: setup ## train the small CLIP of the demo from scratch (goes on after a kill)
+model: setup ## train the models of the demo and their dictionaries from scratch (goes on after a kill)
 	@$(RUN) clipshift_core.pretrain
+	@$(RUN) clipshift_core.pretrain_sae
 
 bench: setup ## measure speed against the yardstick (minutes; leave the machine alone meanwhile)
 	@.venv/bin/python tests/bench/run.py
+	@.venv/bin/python tests/bench/run_sae.py
+	@.venv/bin/python tests/bench/run_attribution.py
 
 clean: ## remove the environment, all runs and all caches
 	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

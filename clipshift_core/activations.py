@@ -249,24 +249,3 @@ def _encoded(
             if part[-1] == spans[index][-1]:
                 yield index, np.concatenate(parts)
                 parts = []
-
-
-def after(encoder: "Encoder") -> Callable[[Float[Tensor, "image width"]], Float[Tensor, "image dim"]]:
-    """What the tower does with its class token after the last block: final norm and projection, differentiable.
-
-    For OpenCLIP's own towers that are read at the class token; raises ActivationError for any other.
-    """
-    visual = encoder.model.visual
-    known = hasattr(visual, "ln_post") and hasattr(visual, "proj") and getattr(visual, "pool_type", None) == "tok"
-    if not known or visual.attn_pool is not None:
-        pooling = getattr(visual, "pool_type", None)
-        raise ActivationError(
-            f"{encoder.name}: a {type(visual).__name__} with pooling {pooling!r}; what follows the last block is known "
-            "for OpenCLIP's VisionTransformer with pooling 'tok' and no attentional pooler"
-        )
-
-    def head(activation: Float[Tensor, "image width"]) -> Float[Tensor, "image dim"]:
-        normed = visual.ln_post(activation)
-        return normed if visual.proj is None else normed @ visual.proj
-
-    return head

@@ -1,8 +1,9 @@
-"""The ledger: each claim of paper A, the statistic that decides it, its value in this run, and the verdict.
+"""The ledger: each claim of the papers, the statistic that decides it, its value in this run, and the verdict.
 
-The statistics and bounds below were written down before any value was seen. Images are drawn again (`stats.bootstrap`),
-and the smallest or largest of several means is taken anew in each resample. A claim is reproduced if its 95 % interval
-lies beyond the bound, and not reproduced otherwise; where one image leaves no interval it is not testable here.
+Paper A's claims are decided here, paper B's in `claims_latents`. The statistics and bounds were written down before any
+value was seen. Images are drawn again (`stats.bootstrap`), and the smallest or largest of several means is taken anew
+in each resample. A claim is reproduced if its 95 % interval lies beyond the bound, and not reproduced otherwise; where
+one image leaves no interval it is not testable here.
 
 A1a  Noise, perspective and shift-scale-rotate move the embedding most: the smallest mean L2 of the three minus the
      largest of the other six, above 0.
@@ -22,7 +23,6 @@ A4a  Noise stands apart: the share of resamples in which noise is alone in its c
 A4b  Colour-like (colour jitter, brightness-contrast) and geometry-like augmentations (shift-scale-rotate, perspective,
      flip, elastic) group: the mean distance of the eight pairs across the two groups minus that of the seven pairs
      within one, above 0.
-
 On disk the ledger is `runs/<profile>/claims.csv`, to which one notebook after another adds its rows.
 """
 
@@ -181,9 +181,9 @@ def preservation(dataset: "xr.Dataset", *, notebook: str, n_resamples: int, seed
 
 
 def caveat(profile: Profile) -> str:
-    """What a reader must know beside the verdicts: how the run departs from paper A's setting; empty if it does not.
+    """What a reader must know beside the verdicts: how the run departs from the profile `paper`; empty if it does not.
 
-    The setting is the profile `paper`.
+    That profile is paper A's setting. Paper B looks at more models, and learns its dictionaries from ImageNet.
     """
     paper, departures = Profile.load("paper"), []
     if profile.source_path.resolve() != paper.source_path.resolve():

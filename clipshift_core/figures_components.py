@@ -5,7 +5,7 @@ Tables and arrays in, a plotly figure out. The tables are those of `concepts`, `
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from clipshift_core.canvas import (
     WIDTH,
     canvas,
     label,
+    n_images,
     numbers,
     short,
     whiskers,
@@ -283,6 +284,89 @@ def sae_training(history: pd.DataFrame) -> go.Figure:
     figure = training_curves(history, labels=CURVES)
     figure.update_layout(
         title={"text": "How the dictionary was trained", "subtitle": {"text": "One panel a quantity, batch by batch"}}
+    )
+    figure.update_yaxes(exponentformat="power")
+    return figure
+
+
+def predictions_kept(table: pd.DataFrame, *, level: float = 0.95) -> go.Figure:
+    """Zero-shot accuracy of each task with the activations themselves, and with what dictionaries make of them.
+
+    table: of `sae_quality.predictions`, with a column `dictionary` and the accuracies known.
+    """
+    figure = canvas(
+        "Does the model still name what it sees, from the reconstruction alone?",
+        f"Zero-shot accuracy over {n_images(table['n'])}; whiskers: {level:.0%} intervals of the change",
+        height=210 + 58 * table["task"].nunique(),
+    )
+    tasks, groups = list(dict.fromkeys(table["task"])), list(table.groupby("dictionary", sort=False))
+    lanes = np.linspace(-0.25, 0.25, len(groups) + 2)[1:-1]
+    own = table.drop_duplicates("task")
+    for i, row in enumerate(own.itertuples()):
+        figure.add_scatter(
+            x=numbers([row.accuracy] * 2),
+            y=[i - 0.3, i + 0.3],
+            mode="lines",
+            line={"color": INK, "width": 3},
+            name="the model itself",
+            showlegend=i == 0,
+            hovertemplate=f"{label(row.task)}: %{{x:.4g}}<extra>the model itself</extra>",
+        )
+    for g, (name, rows) in enumerate(groups):
+        after = rows.assign(mean=rows["accuracy_after"])
+        after["low"], after["high"] = after["accuracy"] + after["low"], after["accuracy"] + after["high"]
+        figure.add_scatter(
+            x=numbers(after["mean"]),
+            y=numbers(tasks.index(task) + lanes[g] for task in after["task"]),
+            mode="markers",
+            marker={"color": PALETTE[g], "symbol": ("circle", "diamond", "square")[g % 3], "size": 11},
+            error_x=whiskers(after, color=PALETTE[g], thickness=2, width=5),
+            name=str(name),
+            text=[label(task) for task in after["task"]],
+            hovertemplate="%{text}: %{x:.4g}<extra>" + str(name) + "</extra>",
+        )
+    lowest = float((table["accuracy"] + table["low"].clip(upper=0)).min())
+    figure.update_xaxes(title="Zero-shot accuracy", range=numbers([max(0.0, lowest - 0.015), 1.004]))
+    figure.update_yaxes(
+        tickvals=list(range(len(tasks))), ticktext=[label(task) for task in tasks], range=[len(tasks) - 0.5, -0.5],
+        showgrid=False,
+    )  # fmt: skip
+    return figure
+
+
+def firing(firing: Mapping[str, Float[np.ndarray, " latent"]]) -> go.Figure:
+    """How often the latents of each dictionary are on: latents in falling order of frequency, on two logarithmic axes.
+
+    A curve ends where the latents that are never on begin.
+    """
+    figure = canvas(
+        "How often each latent is on",
+        "Latents in falling order; a curve ends where those that are never on begin",
+        height=440,
+    )
+    for i, (name, share) in enumerate(firing.items()):
+        on = np.sort(share[share > 0])[::-1]
+        at = np.unique(np.geomspace(1, max(1, len(on)), 200).round().astype(int))
+        figure.add_scatter(
+            x=at.tolist(),
+            y=numbers(on[at - 1]) if len(on) else [],
+            mode="lines",
+            line={"color": PALETTE[i], "width": 2.5, "dash": ("solid", "dash", "dot")[i % 3]},
+            name=f"{name}: {len(on):,} of {len(share):,} ever on",
+            hovertemplate=f"latent %{{x}} in order: on in %{{y:.3g}} of the rows<extra>{name}</extra>",
+        )
+    figure.add_hline(y=DENSE_FROM, line={"color": INK, "width": 1.5, "dash": "dot"})
+    ticks = [digit * 10.0**power for power in range(-7, 0) for digit in (1, 3)] + [1.0]
+    figure.update_xaxes(
+        title="Latents, the most frequent first (logarithmic)",
+        type="log",
+        tickvals=[1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000],
+    )
+    figure.update_yaxes(
+        title="Share of rows (logarithmic)",
+        type="log",
+        tickvals=numbers(ticks),
+        ticktext=[f"{100 * t:g} %" for t in ticks],
     )
     return figure
 

@@ -137,7 +137,7 @@ def compare_models(bench: Workbench, models: Sequence[str]) -> pd.DataFrame:
     """
     tables, seen = [_shifts_of(bench, bench.encoder.name)], {bench.encoder.weights_hash: bench.encoder.name}
     for name in models:
-        model, pretrained = _named(name)
+        model, pretrained = profiles.named(name)
         other = replace(bench, profile=replace(bench.profile, model=model, pretrained=pretrained))
         other.profile.check()
         if other.encoder.weights_hash in seen:
@@ -358,15 +358,6 @@ def _half(profile: Float[np.ndarray, "batch block"]) -> NDArray[np.float64]:
     before, after = profile[row, np.maximum(first - 1, 0)], profile[row, first]
     part = np.divide(half - before, after - before, out=np.zeros(len(profile)), where=after > before)
     return np.where(half > 0, np.where(first > 0, first - 1 + part, 0.0), np.nan)
-
-
-def _named(name: str) -> tuple[str, str | None]:
-    """Model and pretrained, as a profile has them: "name/tag" is OpenCLIP's unless there is a folder of that name."""
-    is_folder = (profiles.ROOT / name).is_dir()
-    if name.startswith("hf-hub:") or is_folder or name.count("/") != 1:
-        return name, None
-    model, tag = name.split("/")
-    return model, tag
 
 
 def _shifts_of(bench: Workbench, name: str) -> pd.DataFrame:

@@ -9,33 +9,44 @@ No kernel yields NaN. What each says where the published formula has 0 / 0 stand
 constant is decided exactly: pixels stay integers (grey in thousandths of a level) up to the last quotient, or else
 the rounding of a flat image would be normalised into edges and details.
 
-Work is done in blocks that stay in a processor's cache, so that memory does not grow with the number of images.
+Each kernel is written down in torch, for any device. On a CPU OpenCV and numpy do the same from the bytes
+themselves, in less than half the time (`pairs`), and `of_pixels` gives all that the one pass stores at once. Work is
+done in blocks that stay in a cache, so that memory does not grow with the number of images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from clipshift_core.pairs import (
+    C1,
+    C2,
+    DETAIL_GRID,
+    GREY,
+    IN_WINDOW,
+    PATCH_GRID,
+    SSIM_WINDOW,
+    Pairs,
+    alike,
+    detail_kept,
+    deviation_of,
+)
+
 Kernel = Literal["published", "corrected"]
 Images = UInt8[Tensor, "image height width 3"]
 Views = UInt8[Tensor, "image view height width 3"]
 Scores = Float32[Tensor, "image view"]
 
-PATCH_GRID = 4
-DETAIL_GRID = 8
-FLAT = 1e-6
-"""Standard deviation, in grey levels, below which a patch has no detail."""
-SSIM_WINDOW = 7
-"""Side of the uniform window: the default of scikit-image's structural_similarity."""
-
 _BLOCK = 2**21
-_BLOCK_ELSEWHERE = 2**26
-"""Values in one block: on a CPU what its caches hold, elsewhere what fills a GPU."""
-_PLANES = 6
-"""`ssim` keeps about as many arrays of a block at once, and takes its rows in as many parts."""
+_BLOCK_ELSEWHERE = 2**25
+"""Values in one block: on a CPU what its caches hold, elsewhere what fills a GPU (`ssim` has a dozen such arrays)."""
+_BY_OPENCV = {"cpu"}
+"""Kinds of device whose pixels `Pairs` compares; the torch kernels take all others."""
 
 
 def patch_similarity(original: Images, views: Views, kernel: Kernel = "corrected") -> Scores:
@@ -57,10 +68,9 @@ def patch_similarity(original: Images, views: Views, kernel: Kernel = "corrected
             x, y = x.float(), y.float()
         difference = y - x
         patches = _patches(difference * difference, PATCH_GRID, channels=3)
-        mse = patches.sum((3, 5)).float() / (patches.shape[3] * patches.shape[5])
-        return (1 / (1 + mse / 255**2)).mean((2, 3))
+        return alike(patches.sum((3, 5)).float() / (patches.shape[3] * patches.shape[5]))
 
-    return _by_block(block, original, views)
+    return _scores("patch" if kernel == "corrected" else "patch_published", block, original, views)
 
 
 def edge_preservation(original: Images, views: Views) -> Scores:
@@ -81,7 +91,7 @@ def edge_preservation(original: Images, views: Views) -> Scores:
         peak = edge.amax((-2, -1), keepdim=True)
         return edge.div_(torch.where(peak > 0, peak, 1.0))
 
-    return _by_block(lambda x, y: 1 - (edges(x) - edges(y)).abs_().mean((-2, -1)), original, views)
+    return _scores("edge", lambda x, y: 1 - (edges(x) - edges(y)).abs_().mean((-2, -1)), original, views)
 
 
 def detail_preservation(original: Images, views: Views) -> Scores:
@@ -100,19 +110,10 @@ def detail_preservation(original: Images, views: Views) -> Scores:
     def deviation(pixels: Tensor) -> Tensor:
         # Sums of integers in float64 are exact, and n S2 and S1^2 of a constant are one number, rounded alike
         patches = _patches(_grey(pixels), DETAIL_GRID).double()
-        n = patches.shape[3] * patches.shape[5]
-        total, squares = patches.sum((3, 5)), patches.square_().sum((3, 5))
-        return (squares * n - total.square()).clamp_min(0).sqrt() / (1000 * n)
+        total = patches.sum((3, 5))
+        return deviation_of(total, patches.square_().sum((3, 5)), n=patches.shape[3] * patches.shape[5])
 
-    def block(x: Tensor, y: Tensor) -> Tensor:
-        x, y = deviation(x), deviation(y)
-        flat_x, flat_y = x < FLAT, y < FLAT
-        kept = ~flat_x | flat_x.all(-1, keepdim=True).all(-2, keepdim=True)
-        larger = torch.maximum(x, y)
-        ratio = torch.where(flat_x & flat_y, 1.0, torch.minimum(x, y) / torch.where(larger > 0, larger, 1.0))
-        return (ratio * kept).sum((2, 3)) / kept.sum((2, 3))
-
-    return _by_block(block, original, views)
+    return _scores("detail", lambda x, y: detail_kept(deviation(x), deviation(y)), original, views)
 
 
 def attention_similarity(
@@ -146,7 +147,7 @@ def attention_similarity(
 def mse(original: Images, views: Views) -> Scores:
     """Mean squared difference over pixels and channels, in squared grey levels; 0 to 65025."""
     _check(original, views)
-    return _by_block(lambda x, y: (x.float() - y.float()).square_().mean((-3, -2, -1)), original, views)
+    return _scores("mse", lambda x, y: (x.float() - y.float()).square_().mean((-3, -2, -1)), original, views)
 
 
 def psnr(original: Images, views: Views) -> Scores:
@@ -167,34 +168,57 @@ def ssim(original: Images, views: Views) -> Scores:
     Window sums, and variances times 49 x 48, are exact integers. Raises ValueError below 7 pixels a side.
     """
     _check(original, views, least=SSIM_WINDOW)
-    n = SSIM_WINDOW**2
-    c1, c2 = n**2 * (0.01 * 255) ** 2, n * (n - 1) * (0.03 * 255) ** 2
-
-    def quarters(x: Tensor, y: Tensor) -> Tensor:
-        sum_x, sum_y = _window_sums(x.short()).int(), _window_sums(y.short()).int()  # 49 x 255 fits, at half the cost
-        x, y = x.int(), y.int()
-        sum_xy = _window_sums(x * y)
-        # products with itself: torch's square of integers is a power, thirty times as slow
-        squares = _window_sums(y.mul_(y)).add_(_window_sums(x.mul_(x)))
-        product = sum_x * sum_y
-        means = sum_y.mul_(sum_y).add_(sum_x.mul_(sum_x))
-        minus_covariance = product.sub(sum_xy, alpha=n)
-        minus_variances = means.sub(squares, alpha=n)
-        # numerator over 4 and denominator, both negated: a quarter of the similarity at each window
-        top = product.float().add_(c1 / 2).mul_(minus_covariance.float().sub_(c2 / 2))
-        return top.div_(means.float().add_(c1).mul_(minus_variances.float().sub_(c2)))
 
     def block(x: Tensor, y: Tensor) -> Tensor:
-        x, y = x.flatten(-2), y.flatten(-2)
-        height, width = y.shape[2] - SSIM_WINDOW + 1, y.shape[3] - 3 * (SSIM_WINDOW - 1)
-        total = torch.zeros(y.shape[:2], device=y.device)
-        rows = max(SSIM_WINDOW, _limit(y) // _PLANES // max(1, y[:, :, 0].numel()))
-        for row in range(0, height, rows):
-            strip = slice(row, min(row + rows, height) + SSIM_WINDOW - 1)
-            total += quarters(x[:, :, strip], y[:, :, strip]).sum((2, 3))
-        return total * 4 / (height * width)
+        x, y = x.flatten(-2).int(), y.flatten(-2).int()
+        sum_x, sum_y, sum_xy = _window_sums(x), _window_sums(y), _window_sums(x * y)
+        squares = _window_sums(x * x) + _window_sums(y * y)
+        product, means = sum_x * sum_y, sum_x * sum_x + sum_y * sum_y
+        covariance, variances = IN_WINDOW * sum_xy - product, IN_WINDOW * squares - means
+        return ((2 * product + C1) * (2 * covariance + C2) / ((means + C1) * (variances + C2))).mean((2, 3))
 
+    return _scores("ssim", block, original, views)
+
+
+OF_PIXELS: dict[str, Callable[[Images, Views], Scores]] = {
+    "patch": patch_similarity,
+    "patch_published": partial(patch_similarity, kernel="published"),
+    "edge": edge_preservation,
+    "detail": detail_preservation,
+    "ssim": ssim,
+    "mse": mse,
+}
+
+
+def of_pixels(original: Images, views: Views) -> dict[str, Scores]:
+    """Every metric of `OF_PIXELS`, each the same as by itself: on a CPU what several need of a pair is made once.
+
+    Raises ValueError for an image of less than 8 pixels a side.
+    """
+    _check(original, views, least=DETAIL_GRID)
+    if views.device.type in _BY_OPENCV:
+        return _by_opencv(OF_PIXELS, original, views)
+    return {name: kernel(original, views) for name, kernel in OF_PIXELS.items()}
+
+
+def _scores(name: str, block: Callable[[Tensor, Tensor], Tensor], original: Images, views: Views) -> Scores:
+    if views.device.type in _BY_OPENCV:
+        return _by_opencv([name], original, views)[name]
     return _by_block(block, original, views)
+
+
+def _by_opencv(names: Collection[str], original: Images, views: Views) -> dict[str, Scores]:
+    out = {name: torch.empty(views.shape[:2]) for name in names}
+
+    def compare(i: int) -> None:
+        pairs = Pairs(original[i].numpy(), views[i].numpy())
+        for name in names:
+            out[name][i] = torch.as_tensor(getattr(pairs, name)())
+
+    # OpenCV and numpy let go of the interpreter, so that images are compared side by side.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(compare, range(len(views))))
+    return out
 
 
 def _window_sums(x: Tensor) -> Tensor:
@@ -209,8 +233,8 @@ def _window_sums(x: Tensor) -> Tensor:
 
 def _grey(pixels: UInt8[Tensor, "... height width 3"]) -> Float32[Tensor, "... height width"]:
     """299 R + 587 G + 114 B: grey in thousandths of a level, exact (below 2^24, and no matrix product)."""
-    red, green, blue = pixels.unbind(-1)
-    return red.float().mul_(299).add_(green, alpha=587).add_(blue, alpha=114)
+    (red, green, blue), (of_red, of_green, of_blue) = pixels.unbind(-1), GREY
+    return red.float().mul_(of_red).add_(green, alpha=of_green).add_(blue, alpha=of_blue)
 
 
 def _patches(x: Tensor, grid: int, *, channels: int = 0) -> Tensor:

@@ -59,6 +59,28 @@ class Profile:
     """Images swept over severities."""
     models: list = field(default_factory=list)
     """Other models, for the comparison between models: folders, `hf-hub:owner/model`, or OpenCLIP `name/tag`."""
+    sae: str | None = None
+    """Folder of the sparse autoencoder that the series goes on with; None takes the one that the run trains."""
+    sae_patches: str | None = None
+    """Folder of another one, on the tokens of the patches, to see where in an image latents are on."""
+    sae_layer: int = -1
+    """Block after which sparse autoencoders read the residual stream, from 0 or from the end with a minus."""
+    sae_token: str = "class"
+    """`class` or `spatial`: which tokens of the residual stream they read."""
+    sae_latents: int = 30_000
+    """Latents of the one trained in the run, as published."""
+    sae_k: int = 64
+    """Latents that may be on in a row of activations, as published."""
+    sae_epochs: int = 30
+    """Times that training sees each row of activations, as published."""
+    sae_scenes: int = 8000
+    """Scenes drawn to train on, where the images are drawn scenes; others train on their own images."""
+    n_probe: int = 2000
+    """Scenes drawn to look at the latents with, where the images are drawn scenes."""
+    labeller: str | None = None
+    """Another model that labels latents: a folder, `hf-hub:owner/model`, or OpenCLIP `name/tag`; None takes `model`."""
+    vocabulary: str = "imagenet"
+    """What latents may be labelled with: `world`, `imagenet`, or a text file with one word a line."""
     classes: str | None = None
     """A text file with one class name a line, or None."""
 
@@ -122,6 +144,14 @@ class Profile:
             raise ProfileError(
                 f"model {self.model!r}: an OpenCLIP name needs a tag of weights, such as pretrained=openai"
             )
+        for key in ("sae", "sae_patches"):
+            folder = getattr(self, key)
+            if folder and not (ROOT / folder / "sae.json").is_file():
+                raise ProfileError(f"{key} {ROOT / folder}: has no sae.json; accepted: such a folder, or null")
+        if self.vocabulary not in ("world", "imagenet") and not (ROOT / self.vocabulary).is_file():
+            raise ProfileError(
+                f"vocabulary {ROOT / self.vocabulary}: no such file; accepted: world, imagenet, or a word a line"
+            )
         if self.classes and not (ROOT / self.classes).is_file():
             raise ProfileError(f"classes {ROOT / self.classes}: no such file; accepted: a class name a line")
 
@@ -158,12 +188,18 @@ _LOWEST = {
     "n_heatmap": 1,
     "n_layers": 1,
     "n_dose": 1,
+    "sae_latents": 1,
+    "sae_k": 1,
+    "sae_epochs": 1,
+    "sae_scenes": 100,
+    "n_probe": 20,
 }
 _PATTERNS = {
     "name": (r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, '.', '_' and '-' (it names a folder)"),
     "source": (r".+", "a path"),
     "model": (r".+", "a folder or a name"),
     "device": (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+    "sae_token": ("class|spatial", "class or spatial"),
     "precision": ("|".join(PRECISIONS), ", ".join(PRECISIONS)),
 }
 
@@ -171,6 +207,15 @@ _PATTERNS = {
 def profiles_dir() -> Path:
     """Where the profiles live that are called by name."""
     return ROOT / "notebooks" / "profiles"
+
+
+def named(name: str) -> tuple[str, str | None]:
+    """Model and tag of weights in one name: "name/tag" is OpenCLIP's unless there is a folder of that name."""
+    is_folder = (ROOT / name).is_dir()
+    if name.startswith("hf-hub:") or is_folder or name.count("/") != 1:
+        return name, None
+    model, tag = name.split("/")
+    return model, tag
 
 
 def _path(profile: str | Path) -> Path:

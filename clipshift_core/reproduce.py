@@ -357,7 +357,11 @@ def overrides_from(settings: list[str], profile: str, images: str | None, model:
     if model:
         folder = Path(model).expanduser()
         local = folder.is_dir() or ("/" in model and not model.startswith("hf-hub:"))
-        overrides = {"pretrained": None} | overrides | {"model": str(folder.resolve()) if local else model}
+        overrides = (
+            {"pretrained": None, "sae": None, "sae_patches": None}
+            | overrides
+            | {"model": str(folder.resolve()) if local else model}
+        )
     if images or model:
         parts = [Path(profile).stem] + [Path(part).resolve().name for part in (images, model) if part]
         slug = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-")

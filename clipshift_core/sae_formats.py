@@ -87,16 +87,17 @@ def load(
     *,
     model: str,
     weights_hash: str,
-    layer: int,
-    token: str,
+    layer: int | None = None,
+    token: str | None = None,
     data: str | None = None,
     statistics: Statistics | None = None,
 ) -> Loaded:
     """Read what `save` wrote, for use on the activations that are named.
 
-    model, weights_hash: of the encoder (`Encoder.name`, `Encoder.weights_hash`). layer, token: as in `Origin`. data and
-    statistics: of the activations, where they have to be those of the training; held-out ones have others. Raises
-    SaeError, naming the file, the value and what was wanted, for anything that differs or is damaged.
+    model, weights_hash: of the encoder (`Encoder.name`, `Encoder.weights_hash`). layer, token: as in `Origin`, where
+    the caller has a place in mind; else the place is read off the result. data and statistics: of the activations,
+    where they have to be those of the training; held-out ones have others. Raises SaeError, naming the file, the value
+    and what was wanted, for anything that differs or is damaged.
     """
     file = folder / "sae.json"
     about = _json(file)

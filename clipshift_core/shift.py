@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,17 +40,7 @@ CODE_VERSION = 2
 OF_EMBEDDING = {"l2": metrics.l2, "l2_normalised": metrics.l2_normalised, "cosine": metrics.cosine}
 """Each compares a view's embedding with the original's."""
 
-OF_PIXELS = {
-    "patch": preservation.patch_similarity,
-    "patch_published": partial(preservation.patch_similarity, kernel="published"),
-    "edge": preservation.edge_preservation,
-    "detail": preservation.detail_preservation,
-    "ssim": preservation.ssim,
-    "mse": preservation.mse,
-}
-"""Each compares a view's pixels with the original's."""
-
-METRICS = (*OF_EMBEDDING, "attention", *OF_PIXELS)
+METRICS = (*OF_EMBEDDING, "attention", *preservation.OF_PIXELS)
 AHEAD = 2
 """Batches that are drawn ahead of the one being encoded."""
 
@@ -202,7 +191,7 @@ def compare(
     pixels = torch.from_numpy(views).to(encoder.device)
     values = {"embedding": embedding}
     values |= {name: metric(embedding[:, 1:], embedding[:, :1]) for name, metric in OF_EMBEDDING.items()}
-    values |= {name: kernel(pixels[:, 0], pixels[:, 1:]) for name, kernel in OF_PIXELS.items()}
+    values |= preservation.of_pixels(pixels[:, 0], pixels[:, 1:])
     rows = {point: held.unflatten(0, (n_images, n_views)) for point, held in found.captured.items()}
     values["attention"] = torch.full((n_images, n_views - 1), torch.nan)
     if "attention.-1" in rows:

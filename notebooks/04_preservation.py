@@ -30,7 +30,17 @@ import skimage.data
 import torch
 from IPython.display import Markdown, display
 
-from clipshift_core import augment, claims, figures, figures_correlation, figures_preservation, images, shift, stats
+from clipshift_core import (
+    augment,
+    claims,
+    figures,
+    figures_correlation,
+    figures_preservation,
+    images,
+    preservation,
+    shift,
+    stats,
+)
 from clipshift_core.canvas import SIMILARITIES, label
 from clipshift_core.workbench import Workbench
 
@@ -183,7 +193,7 @@ names = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field")
 photographs = [images.resize(getattr(skimage.data, name)(), bench.profile.image_size) for name in names]
 drawn = np.stack([augment.views(photo, seed=bench.profile.seed, image_id=name) for photo, name in zip(photographs, names, strict=True)])
 pixels = torch.from_numpy(drawn)
-kept = {name: kernel(pixels[:, 0], pixels[:, 1:]).mean(0).numpy() for name, kernel in shift.OF_PIXELS.items()}
+kept = {name: scores.mean(0).numpy() for name, scores in preservation.of_pixels(pixels[:, 0], pixels[:, 1:]).items()}
 kept["mse wrapped"] = ((drawn[:, 1:] - drawn[:, :1]) ** 2).mean((0, 2, 3, 4))
 photos = pd.DataFrame({"augmentation": augment.VIEWS[1:], **kept})
 bench.keep(photos, "photographs").round(4)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clipshift_core import activations, manifests, scenes, store
-from clipshift_core.activations import ActivationError, Activations, Origin, Source, activations_of, after, stored
+from clipshift_core.activations import ActivationError, Activations, Origin, Source, activations_of, stored
 from clipshift_core.encoder import Encoder
 
 N, SIZE = 9, 48
@@ -222,24 +222,6 @@ def test_only_a_window_is_read(numbered, monkeypatch):
 def test_a_batch_larger_than_all_is_refused(numbered):
     with pytest.raises(ActivationError, match="batch_size 24: there are 23 rows"):
         next(numbered(23, 5).batches(batch_size=24, seed=0))
-
-
-# The head -----------------------------------------------------------------------------------------------------------
-
-
-def test_after_the_last_block_come_norm_and_projection(tiny, source):
-    tokens, embedding = stream(tiny, source, 2)
-    head = after(tiny)
-    torch.testing.assert_close(head(tokens[:, 0]), embedding, rtol=1e-4, atol=1e-5)
-    activation = tokens[:2, 0].double().float().requires_grad_()
-    head(activation).sum().backward()
-    assert activation.grad.abs().sum() > 0
-
-
-def test_another_pooling_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(tiny.model.visual, "pool_type", "avg")
-    with pytest.raises(ActivationError, match="tiny: a VisionTransformer with pooling 'avg'"):
-        after(tiny)
 
 
 def test_the_key_names_images_and_weights(tiny, source, tmp_path):

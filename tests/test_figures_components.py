@@ -241,3 +241,40 @@ def test_training_has_a_panel_a_quantity(everything):
     assert [a.text for a in figure.layout.annotations] == ["Normalised MSE", "Latents on in a row (L0)", "Dead latents"]
     assert figure.data[0].y[0] == 1 and figure.data[2].y[-1] == 3 and len(figure.data[1].x) == 100
     assert figure.layout.title.text == "How the dictionary was trained"
+
+
+@pytest.fixture(scope="module")
+def predictions() -> pd.DataFrame:
+    rows = [
+        ("word", 0.9, 0.88, -0.02, -0.04, 0.01, "shipped"),
+        ("colour", 0.99, 0.95, -0.04, -0.05, -0.03, "shipped"),
+        ("word", 0.9, 0.91, 0.01, 0.0, 0.02, "trained here"),
+        ("colour", 0.99, 0.97, -0.02, -0.03, 0.0, "trained here"),
+    ]
+    columns = ["task", "accuracy", "accuracy_after", "change", "low", "high", "dictionary"]
+    return pd.DataFrame(rows, columns=columns).assign(n=50)
+
+
+def test_predictions_kept_draws_each_accuracy_with_the_interval_of_its_change(predictions):
+    figure = figures_components.predictions_kept(predictions)
+    lines = [trace for trace in figure.data if trace.name == "the model itself"]
+    assert [list(line.x) for line in lines] == [[0.9, 0.9], [0.99, 0.99]]
+    by_name = {trace.name: trace for trace in figure.data if trace.mode == "markers"}
+    for name, rows in predictions.groupby("dictionary"):
+        trace = by_name[name]
+        assert list(trace.x) == rows["accuracy_after"].tolist()
+        # from accuracy_after to accuracy + low and accuracy + high
+        down = rows["accuracy_after"] - rows["accuracy"] - rows["low"]
+        up = rows["accuracy"] + rows["high"] - rows["accuracy_after"]
+        assert list(trace.error_x.arrayminus) == pytest.approx(down.tolist(), abs=1e-6)
+        assert list(trace.error_x.array) == pytest.approx(up.tolist(), abs=1e-6)
+        assert [round(y) for y in trace.y] == [0, 1] and list(trace.text) == ["Word", "Colour"]
+    low, high = figure.layout.xaxis.range
+    assert low < 0.86 and high > 0.99 and "50 images" in figure.layout.title.subtitle.text
+
+
+def test_firing_falls_and_counts_what_is_ever_on():
+    share = np.array([0.0, 0.2, 0.5, 0.01, 0.0])
+    trace = figures_components.firing({"one": share, "none": np.zeros(3)}).data[0]
+    assert list(trace.x) == [1, 2, 3] and list(trace.y) == [0.5, 0.2, 0.01]
+    assert trace.name == "one: 3 of 5 ever on"

@@ -323,9 +323,9 @@ def test_a_model_that_is_not_there_and_other_pixels_are_refused(bench, monkeypat
 
 
 def test_names_of_models(bench):
-    assert layers._named("ViT-B-16/openai") == ("ViT-B-16", "openai")
-    assert layers._named("models/scene-s16") == ("models/scene-s16", None)  # a folder of the run's root
-    assert layers._named("hf-hub:timm/vit") == ("hf-hub:timm/vit", None)
+    assert profiles.named("ViT-B-16/openai") == ("ViT-B-16", "openai")
+    assert profiles.named("models/scene-s16") == ("models/scene-s16", None)  # a folder of the run's root
+    assert profiles.named("hf-hub:timm/vit") == ("hf-hub:timm/vit", None)
 
 
 def shifts_of(rng, n: int) -> pd.DataFrame:

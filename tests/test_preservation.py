@@ -1,5 +1,7 @@
 """The kernels against a plain numpy reading of paper A, one image at a time, and against scikit-image."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,15 @@ ORACLES = {
     "ssim": (preservation.ssim, plain_ssim),
     "psnr": (preservation.psnr, plain_psnr),
 }
+JOINT = {"patch": "corrected", "patch_published": "published", "edge": "edge", "detail": "detail", "ssim": "ssim"}
+"""What `of_pixels` calls the oracles; its mse is squared in grey levels and has a test of its own."""
+
+
+@pytest.fixture(params=["opencv", "torch"])
+def way(request, monkeypatch) -> str:
+    """Both of the ways to compare pixels, on a CPU."""
+    monkeypatch.setattr(preservation, "_BY_OPENCV", {"cpu"} if request.param == "opencv" else set())
+    return request.param
 
 
 def gallery(height: int, width: int) -> np.ndarray:
@@ -97,13 +108,17 @@ def every_pair(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, pixels[None].expand(len(images), *images.shape)
 
 
-@pytest.mark.parametrize("size", [(32, 48), (97, 97), (43, 21)])
-@pytest.mark.parametrize("name", ORACLES)
-def test_equals_the_plain_version_for_every_pair(name, size):
-    kernel, plain = ORACLES[name]
+@cache
+def plainly(name: str, size: tuple[int, int]) -> np.ndarray:
     images = gallery(*size)
-    result = kernel(*every_pair(images)).numpy()
-    expected = np.array([[plain(a, b) for b in images] for a in images])
+    return np.array([[ORACLES[name][1](a, b) for b in images] for a in images])
+
+
+@pytest.mark.parametrize("size", [(32, 48), (97, 61), (43, 21), (16, 16)])
+@pytest.mark.parametrize("name", ORACLES)
+def test_equals_the_plain_version_for_every_pair(name, size, way):
+    result = ORACLES[name][0](*every_pair(gallery(*size))).numpy()
+    expected = plainly(name, size)
     undefined = np.isnan(expected)
     # the published formula is undefined for originals without any detail, and nowhere else
     assert undefined.any(axis=1).nonzero()[0].tolist() == ([0, 1, 2, 3] if name == "detail" else [])
@@ -113,7 +128,35 @@ def test_equals_the_plain_version_for_every_pair(name, size):
         np.testing.assert_allclose(result.diagonal(), 1, atol=1e-6)
 
 
-def test_published_patch_similarity_cannot_fall_below_0_996():
+@pytest.mark.parametrize("size", [(32, 48), (97, 61), (43, 21), (16, 16), (8, 200)])
+def test_all_at_once_are_each_by_itself_and_the_plain_versions(size, way):
+    original, views = every_pair(gallery(*size))
+    found = preservation.of_pixels(original, views)
+    assert list(found) == list(preservation.OF_PIXELS) == [*JOINT, "mse"]
+    for name, kernel in preservation.OF_PIXELS.items():
+        assert found[name].dtype == torch.float32 and found[name].shape == views.shape[:2]
+        assert torch.equal(found[name], kernel(original, views)), name
+    for name, oracle in JOINT.items():
+        expected = plainly(oracle, size)
+        defined = ~np.isnan(expected)
+        np.testing.assert_allclose(found[name].numpy()[defined], expected[defined], rtol=0, atol=1e-5, err_msg=name)
+    squares = (views.double() - original[:, None].double()).square().mean((2, 3, 4))
+    np.testing.assert_allclose(found["mse"].numpy(), squares.numpy(), rtol=1e-6)
+
+
+def test_both_ways_give_the_same_number(monkeypatch):
+    """To 1e-6, where neither of them has rounded more than its last quotients; 45 rows are not whole strips of 32."""
+    rng = np.random.default_rng(2)
+    smooth = gallery(45, 70)[8].astype(int)
+    images = np.clip(smooth + rng.integers(-40, 41, (6, 1, 1, 3)) + rng.integers(-3, 4, (6, *smooth.shape)), 0, 255)
+    pixels = torch.from_numpy(images.astype(np.uint8))
+    fast = preservation.of_pixels(pixels[:1], pixels[None, 1:])
+    monkeypatch.setattr(preservation, "_BY_OPENCV", set())
+    for name, scores in preservation.of_pixels(pixels[:1], pixels[None, 1:]).items():
+        torch.testing.assert_close(fast[name], scores, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_published_patch_similarity_cannot_fall_below_0_996(way):
     """All 256 differences at once, then the worst one in every pixel: black against white reads as nearly equal."""
     differences = np.arange(256, dtype=np.uint8)
     worst = int((differences * differences).max())
@@ -138,7 +181,7 @@ def test_published_floor_holds_for_any_pixels(seed, low, span):
     assert preservation.patch_similarity(images[:1], images[None, 1:], "published").item() >= 65025 / 65274 - 1e-7
 
 
-def test_rows_and_columns_left_over_are_not_read():
+def test_rows_and_columns_left_over_are_not_read(way):
     original = torch.from_numpy(gallery(97, 97)[9:10])
     view = original[None].clone()
     view[..., 96, :, :] = 0
@@ -149,7 +192,7 @@ def test_rows_and_columns_left_over_are_not_read():
     assert preservation.mse(original, view).item() > 0
 
 
-def test_conventions_where_the_formula_is_undefined():
+def test_conventions_where_the_formula_is_undefined(way):
     images = torch.from_numpy(gallery(32, 48))
     black, white, one, board = (images[i : i + 1] for i in (0, 1, 4, 7))
     assert preservation.edge_preservation(black, white[None]).item() == 1
@@ -163,7 +206,7 @@ def test_conventions_where_the_formula_is_undefined():
     assert preservation.psnr(black, white[None]).item() == 0
 
 
-def test_every_flat_colour_is_flat():
+def test_every_flat_colour_is_flat(way):
     """In rounded grey some of these would have edges of 1e-14, normalised to edges of 1."""
     colours = np.random.default_rng(1).integers(0, 256, (300, 1, 1, 3), dtype=np.uint8)
     pixels = torch.from_numpy(np.broadcast_to(colours, (300, 17, 19, 3)).copy())
@@ -197,7 +240,7 @@ def test_attention_similarity():
 
 @pytest.mark.parametrize("block", [1, 5000, 2**26])
 @pytest.mark.parametrize("name", ORACLES)
-def test_blocks_and_memory_layout_change_nothing(name, block, monkeypatch):
+def test_blocks_and_memory_layout_change_nothing(name, block, monkeypatch, way):
     """One view at a time, some, all; views as a slice of a larger array, as the pass has them."""
     kernel, _ = ORACLES[name]
     images = torch.from_numpy(gallery(24, 17))
@@ -210,14 +253,14 @@ def test_blocks_and_memory_layout_change_nothing(name, block, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_no_images_and_no_views(name):
+def test_no_images_and_no_views(name, way):
     kernel, _ = ORACLES[name]
     pixels = torch.zeros(2, 3, 16, 16, 3, dtype=torch.uint8)
     assert kernel(pixels[:0, 0], pixels[:0]).shape == (0, 3)
     assert kernel(pixels[:, 0], pixels[:, :0]).shape == (2, 0)
 
 
-def test_refuses_what_it_cannot_compare():
+def test_refuses_what_it_cannot_compare(way):
     pixels = torch.zeros(2, 3, 16, 16, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8 .image, height, width, 3. and"):
         preservation.edge_preservation(pixels[:, 0].float(), pixels)
@@ -227,7 +270,8 @@ def test_refuses_what_it_cannot_compare():
         preservation.patch_similarity(pixels[:, 0], pixels, "fixed")
     with pytest.raises(ValueError, match="row, col"):
         preservation.attention_similarity(torch.zeros(2, 7, 7), torch.zeros(2, 3, 14, 14))
-    for kernel, side in (("ssim", 7), ("patch_similarity", 4), ("detail_preservation", 8), ("edge_preservation", 2)):
+    sides = {"ssim": 7, "patch_similarity": 4, "detail_preservation": 8, "edge_preservation": 2, "of_pixels": 8}
+    for kernel, side in sides.items():
         with pytest.raises(ValueError, match=f"at least {side} a side"):
             getattr(preservation, kernel)(pixels[:, 0, : side - 1], pixels[:, :, : side - 1])
 
@@ -239,3 +283,5 @@ def test_same_on_cuda(name):
     kernel, _ = ORACLES[name]
     original, views = every_pair(gallery(97, 61))
     torch.testing.assert_close(kernel(original.cuda(), views.cuda()).cpu(), kernel(original, views), rtol=0, atol=1e-5)
+    joint = preservation.of_pixels(original.cuda(), views.cuda())
+    assert all(scores.is_cuda for scores in joint.values())

@@ -1,0 +1,113 @@
+"""The dictionaries that ship: `python -m clipshift_core.pretrain_sae [NAME ...]` (or `make model`) trains them anew.
+
+Scenes are drawn and encoded once, to disk; drawing, encoding and training go on where they were killed.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipshift_core import sae_quality
+from clipshift_core.activations import Activations, Source, stored
+from clipshift_core.dictionaries import FIRST_TO_LEARN, FIRST_TO_LOOK_AT, Learned, learn
+from clipshift_core.encoder import Encoder
+from clipshift_core.profiles import ROOT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes one of the dictionaries that ship."""
+
+    name: str
+    model: str
+    layer: int
+    token: str
+    n_latents: int
+    k: int
+    n_scenes: int
+    n_epochs: int
+    seed: int = 0
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("sae-scene-s16", "scene-s16", -1, "class", 1024, 16, n_scenes=60_000, n_epochs=40),
+        Recipe("sae-scene-xs12", "scene-xs12", -1, "class", 1024, 16, n_scenes=60_000, n_epochs=40),
+        Recipe("sae-scene-s16-patches", "scene-s16", -2, "spatial", 1024, 16, n_scenes=12_000, n_epochs=20),
+    )
+}
+
+
+def train(recipe: Recipe, out: Path, work: Path) -> Path:
+    """Train what ships into `out/NAME`, with its card; `work` holds activations and checkpoint. Returns the folder."""
+    encoder = Encoder.load(str(ROOT / "data" / "models" / recipe.model), device="cpu", precision="fp32")
+    seeds = range(FIRST_TO_LEARN, FIRST_TO_LEARN + recipe.n_scenes)
+    layer = recipe.layer % encoder.n_blocks
+    held = stored(Source.of_scenes(seeds, encoder.image_size), encoder, layer, recipe.token, work)
+    folder = out / recipe.name
+    learned = learn(
+        held, n_latents=recipe.n_latents, k=recipe.k, n_epochs=recipe.n_epochs, seed=recipe.seed,
+        folder=folder, checkpoint=work / f"{recipe.name}.safetensors",
+    )  # fmt: skip
+    seeds = range(FIRST_TO_LOOK_AT, FIRST_TO_LOOK_AT + 4000)
+    unseen = stored(Source.of_scenes(seeds, encoder.image_size), encoder, layer, recipe.token, work)
+    found = sae_quality.quality(learned.sae, unseen.in_order())
+    (folder / "README.md").write_text(card(recipe, learned, found, held, folder), encoding="utf-8")
+    return folder
+
+
+def card(recipe: Recipe, learned: Learned, found: sae_quality.Quality, held: Activations, folder: Path) -> str:
+    """The card of a dictionary that ships."""
+    about = json.loads((folder / "sae.json").read_text())
+    sampled = learned.history.iloc[:: max(1, len(learned.history) // 12)]
+    curve = "\n".join(
+        f"| {row.step} | {row.nmse:.4f} | {row.auxiliary:.3f} | {row.n_dead} |" for row in sampled.itertuples()
+    )
+    tokens = "the class token" if recipe.token == "class" else "the tokens of the patches"
+    size = (folder / "sae.safetensors").stat().st_size / 1e6
+    return f"""# {recipe.name}
+
+A sparse autoencoder of {recipe.n_latents:,} latents, of which {recipe.k} at most write an activation: the residual
+stream of [`{recipe.model}`](../{recipe.model}/README.md) after block {held.origin.layer} (from 0), {tokens}.
+It ships so that everything here runs without training; it fits that model's weights alone, and loading checks that.
+
+- **Loads with** `clipshift_core.dictionaries.read(folder, encoder, {held.origin.layer}, "{recipe.token}")`; the format
+  is in `clipshift_core/sae_formats.py`, which also writes SAELens' and paper B's
+- **Data**: {recipe.n_scenes:,} scenes drawn for it (seeds from {FIRST_TO_LEARN:,}), {held.n_rows:,} rows; the model
+  was trained on none of them
+- **Recipe**: `make model`: {recipe.n_epochs} epochs in batches of {learned.recipe["batch_size"]:,}, seed {recipe.seed},
+  warm-up and descent, unit-norm decoder, auxiliary loss for dead latents (`clipshift_core.sae_train`)
+- **Weights**: float32, {size:.1f} MB, SHA-256
+  `{about["sha256"]}`
+- **Licence**: Apache-2.0, like the code
+
+## Quality on 4,000 scenes that neither it nor the model has seen
+
+| normalised MSE | cosine | latents on (L0) | never on | on in more than {sae_quality.DENSE_FROM:.0%} |
+|---|---|---|---|---|
+| {found.nmse:.4f} | {found.cosine:.4f} | {found.l0:.1f} | {found.n_dead} | {found.n_dense} |
+
+## Training curve
+
+| step | normalised MSE of the batch | auxiliary loss | dead |
+|---|---|---|---|
+{curve}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the dictionaries that ship.")
+    parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"which of {', '.join(RECIPES)}; default all")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "models")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "dictionaries")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in RECIPES:
+            parser.error(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+        train(RECIPES[name], args.out, args.work)
+
+
+if __name__ == "__main__":
+    main()
