@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
@@ -68,6 +69,21 @@ def attributed(dictionaries: Dictionaries, learned: Learned, *, n_images: int | 
         np.concatenate(gaps),
         float(np.concatenate(units).mean()),
     )
+
+
+def attributed_by_class(dictionaries: Dictionaries, learned: Learned) -> Curves:
+    """The same for whole classes: all images that are asked for one word lose, or get, its latents in one order.
+
+    From stored class tokens after the last block; raises SpliceError for a dictionary at another place.
+    """
+    spliced = Splice(dictionaries.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+    x = torch.cat(list(dictionaries.unseen.in_order()))
+    state = spliced.from_activations(x)
+    asked = dictionaries.asked(dictionaries.probe.images, F.normalize(spliced.embed(state).cpu(), dim=1))
+    target = attribution.cosine(asked.texts[asked.index])
+    scores = {name: each.values for name, each in by_method(spliced, state, target).items()}
+    amounts, evaluate = state.by_latent(state.codes.values), attribution.evaluator(spliced, state, target)
+    return faithfulness.class_curves(state.latents, amounts, scores, asked.index, evaluate)
 
 
 class OneImage(NamedTuple):

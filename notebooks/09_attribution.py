@@ -109,6 +109,28 @@ if is_there:
     ))
 
 # %% [markdown]
+# ### Over whole classes
+#
+# What a class leans on rather than what one image does: the latents of all images of a word, in one order, by their mean score over these images.
+
+# %%
+is_last = is_there and not dictionaries.not_shifted
+if is_last:
+    of_classes = faithfulness.normalised(attributed.attributed_by_class(dictionaries, dictionaries.used))
+    class_areas = bench.keep(faithfulness.area_table(of_classes, **bench.resampling), "areas-classes")
+    display(bench.show(
+        figures.faithfulness_curves(bench.keep(faithfulness.curve_table(of_classes, **bench.resampling), "curves-classes")),
+        "faithfulness-curves-classes",
+        alt="Deletion and insertion of the latents of whole classes, one line for each method.",
+    ))
+    by_class = faithfulness.difference_table(of_classes, reference="logit_lens", **bench.resampling).set_index(["kind", "method"])
+    display(Markdown(
+        "Act x grad's area minus logit lens', over whole classes: " + "; ".join(
+            f"{kind} {said(by_class.loc[(kind, 'act_x_grad')])}" for kind in faithfulness.KINDS
+        ) + ". (Below 0 is better in deletion, above 0 in insertion.)"
+    ))
+
+# %% [markdown]
 # ## Beside exact ablation
 #
 # At the last block only the final norm and the projection follow, so the true effect of deleting each latent is a small product. How well do the

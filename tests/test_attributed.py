@@ -59,6 +59,20 @@ def test_batches_do_not_matter(run, monkeypatch):
     np.testing.assert_allclose(parts.agreement.rho, whole.agreement.rho, atol=1e-9)
 
 
+def test_a_class_of_one_image_is_that_image(run):
+    """Where no two images share a word, the order over a class is the image's own."""
+    whole = attributed.attributed(run, run.used)
+    words = run.probe.images["word"]
+    alone = (~words.duplicated(keep=False)).to_numpy()
+    assert alone.any() and not alone.all()
+    by_class = attributed.attributed_by_class(run, run.used)
+    np.testing.assert_allclose(by_class.every, whole.curves.every, atol=1e-5)
+    for method, mine, own in zip(by_class.methods, by_class.deletion, whole.curves.deletion, strict=True):
+        if method != "random":  # scores of equal latents may come in another order
+            np.testing.assert_allclose(mine[alone], own[alone], atol=1e-4, err_msg=method)
+    assert np.abs(by_class.deletion[0][~alone] - whole.curves.deletion[0][~alone]).max() > 1e-3
+
+
 def in_small_batches(in_order):
     return lambda self, batch_size=4096: in_order(self, 32)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""Freed memory stays with the process, rather than being mapped and zeroed again. The runner gives it to its kernels."""
+"""Freed memory stays with the process, rather than being mapped and zeroed again; as the runner has it for kernels."""
 
 
 def start(script: str, *arguments: object, environment: dict[str, str] = ALLOCATOR) -> subprocess.Popen:

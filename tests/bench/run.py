@@ -14,24 +14,20 @@ the cost of capturing attention and class tokens, and of the metrics, is timed a
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[2]
+from contest import ALLOCATOR, ask, n_threads, record, start
+
 N_IMAGES, N_VIEWS = 8, 10
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""Freed activations stay with the process, rather than being mapped and zeroed again for every product."""
 CONTESTANTS = {"yardstick": {}, "ours, fp32": ALLOCATOR, "ours, mixed": ALLOCATOR}
 
 
 def main(n_rounds: int = 5) -> None:
     load = os.getloadavg()[0]
-    workers = {name: start(name, environment) for name, environment in CONTESTANTS.items()}
+    workers = {name: start(__file__, name, environment=environment) for name, environment in CONTESTANTS.items()}
     seconds = {name: [] for name in workers}
     parts = {name: [] for name in workers}
     gflops = []
@@ -65,15 +61,7 @@ def main(n_rounds: int = 5) -> None:
         "rounds": seconds,
         "images": N_IMAGES,
         "views": N_VIEWS,
-        "threads": n_threads(),
-        "cores": os.cpu_count(),
-        "load_before": load,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
     }
-    path = ROOT / "runs" / "bench.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
     print(
         f"ViT-B/32, random weights, {N_IMAGES} images x {N_VIEWS} views, {n_rounds} alternating rounds, "
@@ -87,34 +75,7 @@ def main(n_rounds: int = 5) -> None:
         said = ", ".join(f"{part} {each:.1%}" for part, each in share.items())
         print(f"{name}: of its pass, {said}")
     print(f"floor: {gflop:.0f} GFLOP an image at {peak:.0f} GFLOP/s in fp32 = {1e3 * floor:.0f} ms")
-    if load > 0.5:
-        print(f"the machine was busy before the start (load {load:.1f}): only the ratios mean something")
-    print(f"written: {path.relative_to(ROOT)}")
-
-
-def start(name: str, environment: dict[str, str]) -> subprocess.Popen:
-    threads = {"OMP_NUM_THREADS": str(n_threads()), "OPENBLAS_NUM_THREADS": "1"}
-    inherited = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
-    return subprocess.Popen(
-        [sys.executable, __file__, "--worker", name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=inherited | threads | environment,
-    )
-
-
-def n_threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
-
-
-def ask(worker: subprocess.Popen) -> dict:
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
-    answer = worker.stdout.readline()
-    if not answer:
-        raise SystemExit("a contestant of the benchmark ended early; its error is above")
-    return json.loads(answer)
+    record("bench", result, load)
 
 
 def work(name: str) -> None:

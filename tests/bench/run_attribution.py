@@ -17,18 +17,14 @@ same images are compared. Prints tables and writes runs/bench-attribution.json.
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[2]
+from contest import ALLOCATOR, ask, n_threads, record, start
+
 WIDTH, DIM, N_LATENTS, K = 768, 512, 30_000, 64
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""As the runner sets it for its kernels."""
 CONTESTANTS = {"yardstick": (8, {}), "ours, one encode": (32, ALLOCATOR), "ours, cached": (256, ALLOCATOR)}
 """Images in a batch, and environment."""
 WANTED = {"ours, one encode": 40, "ours, cached": 1500}
@@ -39,7 +35,7 @@ ALIKE = ("act_x_grad", "act_x_logit_lens", "energy")
 
 def main(n_rounds: int = 3) -> None:
     load = os.getloadavg()[0]
-    workers = {name: start(name, environment) for name, (_, environment) in CONTESTANTS.items()}
+    workers = {name: start(__file__, name, environment=environment) for name, (_, environment) in CONTESTANTS.items()}
     answers = {name: [] for name in workers}
     for _ in range(n_rounds):
         for name, worker in workers.items():
@@ -77,8 +73,6 @@ def main(n_rounds: int = 3) -> None:
     for part in parts["ours, one encode"]:
         row = "".join(f"{parts[name][part]:18.3f}" if part in parts[name] else f"{'':18}" for name in columns)
         print(f"{part:24}{row}" + "  (apart)" * (part == "ablation"))
-    if load > 0.5:
-        print(f"the machine was busy before the start (load {load:.1f}): only the ratios mean something")
 
     result = {
         "ms_per_image": ms,
@@ -88,41 +82,8 @@ def main(n_rounds: int = 3) -> None:
         "largest_difference_of_curves": difference,
         "rounds": {name: [a["seconds"] for a in each] for name, each in answers.items()},
         "images": n_images,
-        "threads": n_threads(),
-        "cores": os.cpu_count(),
-        "load_before": load,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
     }
-    path = ROOT / "runs" / "bench-attribution.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
-
-
-def start(name: str, environment: dict[str, str]) -> subprocess.Popen:
-    threads = {"OMP_NUM_THREADS": str(n_threads()), "OPENBLAS_NUM_THREADS": "1"}
-    inherited = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
-    return subprocess.Popen(
-        [sys.executable, __file__, "--worker", name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=inherited | threads | environment,
-    )
-
-
-def n_threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
-
-
-def ask(worker: subprocess.Popen) -> dict:
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
-    answer = worker.stdout.readline()
-    if not answer:
-        raise SystemExit("a contestant of the benchmark ended early; its error is above")
-    return json.loads(answer)
+    record("bench-attribution", result, load)
 
 
 def work(name: str) -> None:

@@ -13,32 +13,29 @@ Prints a table and writes runs/bench-sae.json.
 
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[2]
+from contest import ask, n_threads, record, start
+
 WIDTH, K, BATCH = 768, 64, 4096
 SIZES = {30_000: 4.0, 4_096: 1.8}
 """Latents, and how many times faster than dense products ours has to be."""
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-"""As the runner sets it for its kernels, and `make bench` for everyone here."""
 CONTESTANTS = ("yardstick", "dense", "ours")
 
 
 def main(n_rounds: int = 3) -> None:
     load = os.getloadavg()[0]
-    result = {"threads": n_threads(), "cores": os.cpu_count(), "load_before": load, "machine": platform.machine()}
+    result = {}
     print(
-        f"one step, batch {BATCH:,}, width {WIDTH}, k {K}, {n_rounds} alternating rounds, {n_threads()} threads, medians"  # noqa: E501
+        f"one step, batch {BATCH:,}, width {WIDTH}, k {K}, {n_rounds} alternating rounds, {n_threads()} threads,"
+        " medians"
     )
     print(f"{'latents':>8}{'':12}{'s':>8}{'times dense':>13}{'processor s':>13}{'times dense':>13}{'peak GiB':>10}")
     for n_latents, wanted in SIZES.items():
-        workers = {name: start(name, n_latents) for name in CONTESTANTS}
+        workers = {name: start(__file__, name, n_latents) for name in CONTESTANTS}
         answers = {name: [] for name in workers}
         for _ in range(n_rounds):
             for name, worker in workers.items():
@@ -53,46 +50,23 @@ def main(n_rounds: int = 3) -> None:
         }
         for name, each in middle.items():
             print(
-                f"{n_latents:8,} {name:11}{each['seconds']:8.2f}{times[name]['seconds']:12.2f}x{each['processor']:13.2f}"  # noqa: E501
-                f"{times[name]['processor']:12.2f}x{each['peak_gib']:10.2f}{f'  wanted {wanted}' * (name == 'ours')}"
+                f"{n_latents:8,} {name:11}{each['seconds']:8.2f}{times[name]['seconds']:12.2f}x"
+                f"{each['processor']:13.2f}{times[name]['processor']:12.2f}x"
+                f"{each['peak_gib']:10.2f}{f'  wanted {wanted}' * (name == 'ours')}"
             )
-        (gradients := start("gradients", n_latents)).stdin.close()
+        (gradients := start(__file__, "gradients", n_latents)).stdin.close()
         compared = json.loads(gradients.stdout.readline())
         print(f"{'':9}gradients differ by {compared['difference']:.1e} of their norm at the worst of four weights")
         result[str(n_latents)] = {"steps": answers, "times_dense": times, **compared}
-    (clip := start("clip", 0)).stdin.close()
+    (clip := start(__file__, "clip", 0)).stdin.close()
     encoding = json.loads(clip.stdout.readline())["seconds_per_image"]
     step = median(each["seconds"] for each in result["30000"]["steps"]["ours"]) / BATCH
     result["seconds_per_image"] = {"encoding": encoding, "step at 30000": step}
     print(
-        f"an epoch that encodes its images again takes {1 + encoding / step:.0f} times as long: {1e3 * encoding:.1f} ms an "  # noqa: E501
-        f"image by ViT-B/32, {1e3 * step:.2f} ms a row by the step at 30,000 latents"
+        f"an epoch that encodes its images again takes {1 + encoding / step:.0f} times as long: {1e3 * encoding:.1f} ms"
+        f" an image by ViT-B/32, {1e3 * step:.2f} ms a row by the step at 30,000 latents"
     )
-    if load > 0.5:
-        print(f"the machine was busy before the start (load {load:.1f}): only the ratios mean something")
-    path = ROOT / "runs" / "bench-sae.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
-
-
-def start(name: str, n_latents: int) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": str(n_threads()), "OPENBLAS_NUM_THREADS": "1"} | ALLOCATOR
-    command = [sys.executable, __file__, "--worker", name, str(n_latents)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def n_threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
-
-
-def ask(worker: subprocess.Popen) -> dict:
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
-    answer = worker.stdout.readline()
-    if not answer:
-        raise SystemExit("a contestant of the benchmark ended early; its error is above")
-    return json.loads(answer)
+    record("bench-sae", result, load)
 
 
 def work(name: str, n_latents: int) -> None:
