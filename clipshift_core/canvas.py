@@ -212,6 +212,9 @@ def whiskers(rows: pd.DataFrame, **style) -> dict:
     }
 
 
+_STARTING = threading.Lock()
+
+
 def data_uri(image: np.ndarray, size: int) -> str:
     """A uint8 RGB image (h, w, 3) as a JPEG of `size` pixels on its longer side, fit for a figure."""
     picture = Image.fromarray(np.asarray(image, dtype=np.uint8))
@@ -221,9 +224,22 @@ def data_uri(image: np.ndarray, size: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-@cache
 def browser() -> str | None:
-    """The browser that draws the PNGs, started and tried once a process; None, with one note on stderr, without it."""
+    """The browser that draws the PNGs, started and tried once a process; None, with one note on stderr, without it.
+
+    It takes seconds to start: `warm_up` has that done beside other work, for which this then waits.
+    """
+    with _STARTING:
+        return _browser()
+
+
+def warm_up() -> None:
+    """Start the browser in a thread of its own."""
+    threading.Thread(target=browser, daemon=True, name="browser").start()
+
+
+@cache
+def _browser() -> str | None:
     path = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
     if not path:
         problem = "no Chrome or Chromium was found (install one, or set BROWSER_PATH)"
@@ -246,7 +262,13 @@ def _start_drawing(path: str, timeout: float = 120.0) -> str | None:
     """
     errors: list[BaseException] = []
     hook = threading.excepthook
-    threading.excepthook = lambda failed: errors.append(failed.exc_value)
+
+    def failed(arguments: threading.ExceptHookArgs) -> None:
+        others = arguments.thread in before  # theirs are no concern of ours
+        hook(arguments) if others else errors.append(arguments.exc_value)
+
+    before = set(threading.enumerate())
+    threading.excepthook = failed
     try:
         # no formula is set in a figure, and fetching MathJax would need a network
         kaleido.start_sync_server(silence_warnings=True, mathjax=False)

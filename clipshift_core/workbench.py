@@ -34,10 +34,10 @@ class Workbench:
 
     @classmethod
     def open(cls, notebook: str, profile: str | Path, overrides: Mapping[str, object] | None = None) -> "Workbench":
-        """Read and check the profile, and set how figures are shown. Raises ProfileError."""
+        """Read and check the profile, and have the browser started that draws figures. Raises ProfileError."""
         chosen = Profile.load(profile, dict(overrides or {}))
         chosen.check()
-        canvas.use_renderer()
+        canvas.warm_up()  # the first figure waits for it
         return cls(notebook, chosen)
 
     @cached_property
@@ -99,6 +99,7 @@ class Workbench:
 
     def show(self, figure: go.Figure, name: str, *, alt: str) -> go.Figure:
         """Export a figure to runs/<profile>/figures/NN-name.* and return it, so that the cell shows it."""
+        canvas.use_renderer()
         made_by = {
             "commit": provenance.commit(),
             "notebook": self.notebook,

@@ -343,10 +343,10 @@ def test_galleries_stay_small(images):
 
 @pytest.fixture
 def no_browser(monkeypatch):
-    canvas.browser.cache_clear()
+    canvas._browser.cache_clear()
     monkeypatch.setenv("BROWSER_PATH", "/nowhere/chromium")
     yield
-    canvas.browser.cache_clear()
+    canvas._browser.cache_clear()
 
 
 def test_without_a_browser_html_and_record_and_one_note(everything, tmp_path, no_browser, capsys):
@@ -422,10 +422,10 @@ def test_a_browser_that_cannot_start_is_no_browser(tmp_path, monkeypatch, capsys
     assert os.access(broken, os.X_OK)
     canvas.kaleido.stop_sync_server(silence_warnings=True)
     monkeypatch.setenv("BROWSER_PATH", str(broken))
-    canvas.browser.cache_clear()
+    canvas._browser.cache_clear()
     assert canvas.browser() is None
     assert "did not draw (BrowserFailedError" in capsys.readouterr().err
-    canvas.browser.cache_clear()
+    canvas._browser.cache_clear()
 
 
 def test_with_a_browser_a_picture_with_its_alt_text(everything, tmp_path, monkeypatch):
