@@ -147,7 +147,7 @@ if is_world:
 
 # %%
 if is_world:
-    leaning = bench.keep(exam.reliances(encoder, n_pairs=16), "reliances")
+    leaning = bench.keep(exam.reliances(encoder, n_pairs=12), "reliances")
     visual = leaning[leaning["kind"].isin(["co-occurrence", "artefact"])]
     display(leaning.round(3))
     display(Markdown(
