@@ -61,15 +61,22 @@ bench.keep(pd.DataFrame(rows), "activations")
 # are taught to write what the others leave over. (`sae_train` has the whole recipe.)
 
 # %%
-known = {"trained here": dictionaries.own} if is_learned else {}
-known |= {"shipped": given} if given else {}
+known = {"shipped": given} if given else {}
+known |= {"trained here": dictionaries.own} if is_learned else {}
+recipes = [{"dictionary": name, **learned.sae.settings, **learned.recipe} for name, learned in known.items()]
+bench.keep(pd.DataFrame(recipes), "recipes")
+
+# %% [markdown]
+# Thousands of steps carry the last digits of one processor to the first ones of the result, so that a dictionary that is trained elsewhere is
+# another one, as good. The cells that show the one trained here are therefore run, but not compared digit by digit, by `make test`.
+
+# %% tags=["nbval-ignore-output"]
 histories = pd.concat([learned.history.assign(model=name) for name, learned in known.items()])
-display(bench.show(
+bench.show(
     figures_components.sae_training(histories),
     "training",
     alt="Curves over the training steps: normalised error, auxiliary loss, latents on, dead latents, learning rate.",
-))
-bench.keep(pd.DataFrame([{"dictionary": name, **learned.sae.settings, **learned.recipe} for name, learned in known.items()]), "recipes")
+)
 
 # %% [markdown]
 # ## How well they write activations they have not seen
@@ -80,19 +87,27 @@ bench.keep(pd.DataFrame([{"dictionary": name, **learned.sae.settings, **learned.
 # %%
 qualities = {name: sae_quality.quality(learned.sae, dictionaries.unseen.in_order()) for name, learned in known.items()}
 table = pd.DataFrame([{"dictionary": name, **found._asdict()} for name, found in qualities.items()]).drop(columns="firing")
-display(bench.keep(table, "quality").round(4))
+used = "shipped" if given else "trained here"
+bench.keep(table, "quality")
+row = table.set_index("dictionary").loc[used]
+Markdown(
+    f"On {row['n_rows']:,} unseen rows the dictionary that the series goes on with leaves {short(row['nmse'])} of the variance, with "
+    f"{row['l0']:.1f} latents on at a time; {row['n_dead']} of its latents are never on here and {row['n_dense']} in more than "
+    f"{sae_quality.DENSE_FROM:.0%} of the rows."
+)
+
+# %% tags=["nbval-ignore-output"]
+display(table.round(4))
 display(bench.show(
     figures_components.firing({name: found.firing.numpy() for name, found in qualities.items()}),
     "firing",
     alt="Latents in falling order of how often they are on, one curve for each dictionary.",
 ))
 best = table.loc[table["nmse"].idxmin()]
-Markdown(
-    f"On {best['n_rows']:,} unseen rows the dictionary **{best['dictionary']}** has the smaller error, {short(best['nmse'])} of the variance, "
-    f"with {best['l0']:.1f} latents on at a time; {best['n_dead']} of its latents are never on here and {best['n_dense']} in more than "
-    f"{sae_quality.DENSE_FROM:.0%} of the rows."
-    + (f" The other one leaves {short(table['nmse'].max())}." if len(table) > 1 else "")
-)
+display(Markdown(
+    f"The dictionary **{best['dictionary']}** has the smaller error: {short(best['nmse'])} of the variance against {short(table['nmse'].max())}."
+    if len(table) > 1 else "There is one dictionary, and nothing to compare it with."
+))
 
 # %% [markdown]
 # ## What the error costs the model
@@ -102,26 +117,27 @@ Markdown(
 # text as before, `moved` the mean absolute change of a cosine.
 
 # %%
-embeddings = {name: dictionaries.embeddings(learned) for name, learned in known.items()}
 tasks = dictionaries.tasks()
 kept = pd.concat([
-    sae_quality.predictions(*pair, tasks, **bench.resampling).assign(dictionary=name) for name, pair in embeddings.items()
+    sae_quality.predictions(*dictionaries.embeddings(learned), tasks, **bench.resampling).assign(dictionary=name)
+    for name, learned in known.items()
 ])
-bench.keep(kept[["dictionary", *kept.columns[:-1]]], "predictions").round(4)
+bench.keep(kept[["dictionary", *kept.columns[:-1]]], "predictions")
+of_used = kept[kept["dictionary"] == used]
+display(of_used.drop(columns="dictionary").round(4))
+worst = of_used.loc[of_used["same"].idxmin()]
+Markdown(
+    f"With the dictionary that the series goes on with, {worst['same']:.1%} of the images or more keep their text; the task that "
+    f"suffers most is **{worst['task']}**"
+    + (f", where accuracy changes by {worst['change']:+.3f} (95 % interval {worst['low']:+.3f} to {worst['high']:+.3f})" if worst["change"] == worst["change"] else "")
+    + f". A cosine between an image and a text moves by {of_used['moved'].mean():.4f} on average. What the dictionary leaves out is not lost in the "
+    f"notebooks on attribution: there the error is added back, so that the prediction is exactly the model's own."
+)
 
-# %%
+# %% tags=["nbval-ignore-output"]
 if kept["accuracy"].notna().all():
     display(bench.show(
         figures_components.predictions_kept(kept),
         "predictions",
         alt="Zero-shot accuracy of each task by the model itself and by the reconstruction of each dictionary.",
     ))
-used = kept[kept["dictionary"] == ("shipped" if given else "trained here")]
-worst = used.loc[used["same"].idxmin()]
-Markdown(
-    f"With the dictionary that the series goes on with, {worst['same']:.1%} of the images or more keep their text; the task that "
-    f"suffers most is **{worst['task']}**"
-    + (f", where accuracy changes by {worst['change']:+.3f} (95 % interval {worst['low']:+.3f} to {worst['high']:+.3f})" if worst["change"] == worst["change"] else "")
-    + f". A cosine between an image and a text moves by {used['moved'].mean():.4f} on average. What the dictionary leaves out is not lost in the "
-    f"notebooks on attribution: there the error is added back, so that the prediction is exactly the model's own."
-)

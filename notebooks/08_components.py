@@ -79,16 +79,16 @@ if is_there:
 # %% [markdown]
 # ### Clear ones
 #
-# The best aligned latent of each of eight labels, and the images that activate it most.
+# The best aligned latent of each of six labels, and the images that activate it most.
 
 # %%
 if is_there:
     best = (on if len(on) else components[components["frequency"] > 0]).sort_values("alignment", ascending=False)
-    best = best.drop_duplicates("label").head(8)
+    best = best.drop_duplicates("label").head(6)
     display(bench.show(
         figures_components.component_gallery(best, [pictures(found.image[latent, :8].tolist()) for latent in best["latent"]]),
         "clear-components",
-        alt="Eight latents, a row each: label, scores and the eight images that activate it most.",
+        alt="Six latents, a row each: label, scores and the eight images that activate it most.",
     ))
 
 # %% [markdown]
@@ -175,7 +175,7 @@ if patches:
     fires = concepts.examples(codes_of(patches.sae, on_patches), patches.sae.n_latents)
     listed = bench.keep(dictionaries.described(fires), "patch-components")
     clear = listed[listed["n_examples"] >= min(concepts.SHOWN, fires.n_images)].sort_values("alignment", ascending=False)
-    clear = clear.drop_duplicates("label").head(6)
+    clear = clear.drop_duplicates("label").head(4)
     shown = [[image for image in fires.image[latent, :6].tolist() if image >= 0] for latent in clear["latent"]]
     maps = [heat_maps(patches, on_patches, images, latent, bench.encoder.grid) for images, latent in zip(shown, clear["latent"], strict=True)]
     display(bench.show(
@@ -183,7 +183,7 @@ if patches:
             clear, [pictures(images) for images in shown], maps, title="Where latents of the patches' dictionary are on"
         ),
         "where-components",
-        alt="Six latents of the patches' dictionary: the images that activate each most, and where in them it is on.",
+        alt="Four latents of the patches' dictionary: the images that activate each most, and where in them it is on.",
     ))
 else:
     display(Markdown("Left out: the profile names no dictionary of the patches' tokens (key `sae_patches`)."))

@@ -99,7 +99,7 @@ if is_there:
         f"Over {n_images(areas['n'])} with {found.n_units:.1f} latents on: best in deletion {names['deletion']}; best in insertion {names['insertion']}. Act x grad's "
         f"deletion area is {said(area.loc[('deletion', 'act_x_grad')])}, logit lens' {said(area.loc[('deletion', 'logit_lens')])}, a random order's "
         f"{said(area.loc[('deletion', 'random')])}. Without any latent the cosine is still {found.curves.none.mean():.3f}, with all {found.curves.every.mean():.3f}: the final norm "
-        f"blows up what little the error holds once nothing stands beside it, and many latents lower the cosine, so that curves leave the range of 0 to 1. Integrated gradients' parts miss the change they explain by {abs(found.gap).max():.0e} at most."
+        f"blows up what little the error holds once nothing stands beside it, and many latents lower the cosine, so that curves leave the range of 0 to 1. Integrated gradients' parts miss the change they explain by {'less than 0.0001' if abs(found.gap).max() < 1e-4 else f'{abs(found.gap).max():.0e}'}."
     ))
     differences = bench.keep(faithfulness.difference_table(curves, reference="act_x_grad", **bench.resampling), "differences")
     display(bench.show(

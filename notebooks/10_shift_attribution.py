@@ -61,7 +61,7 @@ if found:
     display(Markdown(
         f"**{label(worst)}** costs most: the similarity changes by {wide.loc[worst, 'change']:+.3f} on average, of which latents lose "
         f"{wide.loc[worst, 'lost']:+.3f} and gain {wide.loc[worst, 'gained']:+.3f}, and {wide.loc[worst, 'error']:+.3f} is the error's. "
-        f"The largest gap of any image and view is {gap:.0e}."
+        f"The parts of every image and view sum to its change to {'within 0.0001' if gap < 1e-4 else f'{gap:.0e}'}."
     ))
 
 # %% [markdown]
