@@ -167,3 +167,11 @@ else:
 # |---|---|---|
 # | `01_dataset_sampling` | which images, which were left out and why | A, setting |
 # | `02_embedding_shifts` | how far does each augmentation move the embedding, and which ones move it alike | A, 1 to 3 |
+# | `03_attention_maps` | does the model still look at the same places | A, 4 and 9 |
+# | `04_preservation` | what of the pixels is kept, and what does the published code get wrong | A, 5 to 8 |
+# | `05_dose_response` | does the ranking survive at matched pixel distortion | beyond A |
+# | `06_layers_and_models` | where along the depth a shift arises, and whether models agree | beyond A |
+# | `07_sae_training` | a dictionary of sparse latents, and what it leaves out | B, 1 |
+# | `08_components` | what the latents stand for, beside what is really in the images | B, 2 to 4 |
+# | `09_attribution` | which latents drive a prediction, and which attribution is faithful | B, 5 and 6 |
+# | `10_shift_attribution` | which latents an augmentation destroys or invents, and whether they repair it | A and B |
