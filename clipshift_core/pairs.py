@@ -56,17 +56,19 @@ class Pairs:
         return out
 
     def patch(self) -> Tensor:
-        return self._of_patches(self.distances, cv2.NORM_L2SQR)
+        return self._of_patches(np.uint16)
 
     def patch_published(self) -> Tensor:
-        return self._of_patches(np.square(self.distances), cv2.NORM_L1)  # the square of a uint8 wraps
+        return self._of_patches(np.uint8)  # in which a square wraps
 
-    def _of_patches(self, values: UInt8[np.ndarray, "view height width 3"], norm: int) -> Tensor:
+    def _of_patches(self, held_in: type) -> Tensor:
         height, width = self.height // PATCH_GRID, self.width // PATCH_GRID
-        sums = np.empty((len(values), PATCH_GRID, PATCH_GRID), np.float32)
-        for view, row, col in np.ndindex(sums.shape):
-            patch = values[view, row * height : (row + 1) * height, col * width : (col + 1) * width]
-            sums[view, row, col] = cv2.norm(patch, norm)
+        rows = np.kron(np.eye(PATCH_GRID, dtype=np.float32), np.ones(height, np.float32))
+        sums = np.empty((len(self.views), PATCH_GRID, PATCH_GRID), np.float32)
+        for distance, out in zip(self.distances, sums, strict=True):
+            squares = np.square(distance[: PATCH_GRID * height, : PATCH_GRID * width], dtype=held_in)
+            down = rows @ squares.reshape(PATCH_GRID * height, -1).astype(np.float32)  # whole numbers, so exact
+            out[:] = down.reshape(PATCH_GRID, PATCH_GRID, -1).sum(2, dtype=np.float64)
         return alike(torch.from_numpy(sums) / (height * width * 3))
 
     def mse(self) -> list[float]:
