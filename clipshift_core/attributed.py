@@ -46,7 +46,7 @@ def questions(dictionaries: Dictionaries, spliced: Splice) -> Iterator[tuple[Sta
 
 def attributed(dictionaries: Dictionaries, learned: Learned, *, n_images: int | None = None) -> Attributed:
     """Each of `attribution.METHODS` on the first images of the probe, for the cosine with what is asked of each."""
-    spliced = Splice(dictionaries.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+    spliced = dictionaries.spliced(learned)
     n_images = min(n_images or len(dictionaries.probe.images), len(dictionaries.probe.images))
     curves, agreements, gaps, units = [], [], [], []
     for state, target, first in questions(dictionaries, spliced):
@@ -76,7 +76,7 @@ def attributed_by_class(dictionaries: Dictionaries, learned: Learned) -> Curves:
 
     From stored class tokens after the last block; raises SpliceError for a dictionary at another place.
     """
-    spliced = Splice(dictionaries.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+    spliced = dictionaries.spliced(learned)
     x = torch.cat(list(dictionaries.unseen.in_order()))
     state = spliced.from_activations(x)
     asked = dictionaries.asked(dictionaries.probe.images, F.normalize(spliced.embed(state).cpu(), dim=1))
@@ -110,7 +110,7 @@ def one_image(dictionaries: Dictionaries, n_examples: int = 3) -> OneImage:
             {(word, cue) for cue in cues.split("; ")} for word, cues in zip(table["word"], table["cues"], strict=True)
         ]
         index = next((i for i, pair in enumerate(pairs) if pair & planted), 0)
-    spliced = Splice(dictionaries.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+    spliced = dictionaries.spliced(learned)
     picture = dictionaries.probe.source.read(index)
     state = spliced.read(picture[None])
     embedding = spliced.embed(state)

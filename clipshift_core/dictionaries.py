@@ -17,9 +17,9 @@ from torch import Tensor
 from clipshift_core import activations, concepts, exam, sae_formats, sae_quality, sae_train, scenes, store, vocabulary
 from clipshift_core.activations import Activations, Origin, Source
 from clipshift_core.encoder import Encoder
-from clipshift_core.profiles import ROOT, named
+from clipshift_core.profiles import ROOT, ProfileError, named
 from clipshift_core.progress import note
-from clipshift_core.sae import TopK
+from clipshift_core.sae import SaeError, TopK
 from clipshift_core.sae_kernels import Codes
 from clipshift_core.splice import Splice, State
 
@@ -99,6 +99,10 @@ def learn(
         folder, model=origin.model, weights_hash=origin.weights_hash, layer=origin.layer, token=origin.token,
         data=origin.data, statistics=seen,
     )  # fmt: skip
+    wanted, there = {"n_latents": n_latents, "k": k} | made, loaded.sae.settings | loaded.recipe
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise SaeError(f"{folder}: holds a dictionary of {name} {there.get(name)!r}, wanted is {value!r}; move it")
     return Learned(loaded.sae, loaded.statistics, pd.read_csv(folder / "history.csv"), loaded.recipe, loaded.origin)
 
 
@@ -116,7 +120,10 @@ class Dictionaries:
     @property
     def layer(self) -> int:
         """Block after which the residual stream is read, from 0."""
-        return self.bench.profile.sae_layer % max(1, self.bench.encoder.n_blocks)
+        layer, n_blocks = self.bench.profile.sae_layer, self.bench.encoder.n_blocks
+        if n_blocks and not -n_blocks <= layer < n_blocks:
+            raise ProfileError(f"sae_layer = {layer}: {self.bench.encoder.name} has blocks 0 to {n_blocks - 1}")
+        return layer % max(1, n_blocks)
 
     @property
     def left_out(self) -> str:
@@ -271,13 +278,17 @@ class Dictionaries:
 
     def embeddings(self, learned: Learned) -> tuple[Float[Tensor, "image dim"], Float[Tensor, "image dim"]]:
         """The probe's embeddings by its activations, and by their reconstructions."""
-        spliced = Splice(self.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+        spliced = self.spliced(learned)
         before, after = [], []
         with torch.no_grad():
             for state in self.states(spliced, self.probe.source):
                 before.append(spliced.embed(state).cpu())
                 after.append(spliced.embed(state._replace(error=torch.zeros_like(state.error))).cpu())
         return torch.cat(before), torch.cat(after)
+
+    def spliced(self, learned: Learned) -> Splice:
+        """A dictionary in the forward pass of the run's model, at its own place."""
+        return Splice(self.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
 
     def states(self, spliced: Splice, source: Source, batch_size: int = 64) -> Iterator[State]:
         """A source's images at the splice, batch by batch; from stored activations where those are all that is read."""

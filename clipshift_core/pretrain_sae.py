@@ -5,6 +5,7 @@ Scenes are drawn and encoded once, to disk; drawing, encoding and training go on
 
 import argparse
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,15 @@ def train(recipe: Recipe, out: Path, work: Path) -> Path:
     layer = recipe.layer % encoder.n_blocks
     held = stored(Source.of_scenes(seeds, encoder.image_size), encoder, layer, recipe.token, work)
     folder = out / recipe.name
+    # Beside what ships, which is replaced once there is something to replace it by.
     learned = learn(
         held, n_latents=recipe.n_latents, k=recipe.k, n_epochs=recipe.n_epochs, seed=recipe.seed,
-        folder=folder, checkpoint=work / f"{recipe.name}.safetensors",
+        folder=work / recipe.name, checkpoint=work / f"{recipe.name}.safetensors",
     )  # fmt: skip
     seeds = range(FIRST_TO_LOOK_AT, FIRST_TO_LOOK_AT + 4000)
     unseen = stored(Source.of_scenes(seeds, encoder.image_size), encoder, layer, recipe.token, work)
     found = sae_quality.quality(learned.sae, unseen.in_order())
+    shutil.copytree(work / recipe.name, folder, dirs_exist_ok=True)
     (folder / "README.md").write_text(card(recipe, learned, found, held, folder), encoding="utf-8")
     return folder
 

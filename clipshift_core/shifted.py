@@ -101,8 +101,7 @@ def shifted(dictionaries: Dictionaries) -> Shifted:
 
     Raises SpliceError for a dictionary that is not one of class tokens after the last block.
     """
-    bench, learned = dictionaries.bench, dictionaries.used
-    spliced = Splice(bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+    bench, spliced = dictionaries.bench, dictionaries.spliced(dictionaries.used)
     kept = bench.tokens["token"].isel(block=-1)
     images = bench.manifest.images.iloc[: len(kept)]
     embeddings = bench.dataset["embedding"].sel(image=kept["image"].values, view="original")

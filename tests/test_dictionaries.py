@@ -15,6 +15,7 @@ from clipshift_core.dictionaries import Dictionaries
 from clipshift_core.encoder import Encoder
 from clipshift_core.pretrain import RECIPES as MODELS
 from clipshift_core.pretrain_sae import RECIPES
+from clipshift_core.profiles import ProfileError
 from clipshift_core.sae import SaeError
 from clipshift_core.workbench import Workbench
 
@@ -51,6 +52,12 @@ def test_scenes_to_learn_from_were_never_trained_on_and_never_looked_at(open_run
     assert max(r.n_scenes for r in RECIPES.values()) + dictionaries.FIRST_TO_LEARN < scenes.HELD_OUT
 
 
+def test_a_block_that_is_not_there_is_refused(open_run):
+    assert open_run(sae_layer=-2).layer == 3
+    with pytest.raises(ProfileError, match="sae_layer = 5: scene-s16 has blocks 0 to 4"):
+        _ = open_run(sae_layer=5).layer
+
+
 def test_own_images_are_split_without_overlap(open_run, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -83,6 +90,8 @@ def test_learned_once_then_read_and_refused_elsewhere(encoders, tmp_path):
     again = dictionaries.learn(held, **settings, **places)
     assert (places["folder"] / "sae.safetensors").stat().st_mtime_ns == before
     assert torch.equal(again.sae.W_enc, made.sae.W_enc)
+    with pytest.raises(SaeError, match="holds a dictionary of k 4, wanted is 5"):
+        dictionaries.learn(held, **settings | {"k": 5}, **places)
     read = dictionaries.read(places["folder"], encoders["scene-s16"])
     assert (read.origin.layer, read.origin.token) == (4, "class")
     for encoder, place in ((encoders["scene-xs12"], {}), (encoders["scene-s16"], {"token": "spatial"})):

@@ -101,6 +101,6 @@ def test_what_is_asked_comes_with_the_images_that_were_kept(encoded):
         profile=SimpleNamespace(seed=0),
     )  # fmt: skip
     learned = read(FOLDER / "sae-scene-s16", spliced.encoder)
-    made = shifted.shifted(SimpleNamespace(bench=bench, used=learned, asked=asked))
+    made = shifted.shifted(SimpleNamespace(bench=bench, used=learned, asked=asked, spliced=lambda given: spliced))
     assert made.n_images == 3 and list(seen["table"]["image_id"]) == ["i0", "i1", "i2"]
     torch.testing.assert_close(seen["of"], embeddings[:3, 0])
