@@ -1,7 +1,7 @@
 """The dictionary of a run: what it is learned from and looked at with, the one that ships, the one trained here."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -159,7 +159,7 @@ class Dictionaries:
     @cached_property
     def probe(self) -> Probe:
         """Other scenes; the tenth of the run's images that is kept back; all of them for a dictionary that is given."""
-        return self._probe(self.bench.encoder.image_size)
+        return self.probe_at(self.bench.encoder.image_size)
 
     @cached_property
     def labeller(self) -> Encoder:
@@ -231,7 +231,7 @@ class Dictionaries:
         """The dictionary that the run trains itself."""
         profile = self.bench.profile
         key = [self.seen.origin.data, profile.sae_latents, profile.sae_k, profile.sae_epochs, profile.seed]
-        folder = self._arrays / f"sae-{store.digest(key)[:12]}"
+        folder = self.arrays / f"sae-{store.digest(key)[:12]}"
         return learn(
             self.seen, n_latents=profile.sae_latents, k=profile.sae_k, n_epochs=profile.sae_epochs, seed=profile.seed,
             folder=folder, checkpoint=folder.with_suffix(".safetensors"),
@@ -262,10 +262,14 @@ class Dictionaries:
         encoder = self.bench.encoder
         if self.labeller is encoder and (self.layer, self.bench.profile.sae_token) == (encoder.n_blocks - 1, "class"):
             return self.embeddings(self.used)[0]
-        source = self._probe(self.labeller.image_size).source
+        return self.labelled(lambda size: self.probe_at(size).source)
+
+    def labelled(self, source_at: Callable[[int], Source]) -> Float[Tensor, "image dim"]:
+        """What the labeller makes of images, given at the size that it reads."""
+        source = source_at(self.labeller.image_size)
         held = store.open_store(
-            self._arrays, "embeddings", {"code": activations.CODE_VERSION, "images": source.made_from,
-                                         "weights": self.labeller.weights_hash, "precision": self.labeller.precision},
+            self.arrays, "embeddings", {"code": activations.CODE_VERSION, "images": source.made_from,
+                                        "weights": self.labeller.weights_hash, "precision": self.labeller.precision},
             arrays={"embedding": store.Array(("image", "feature"))},
             sizes={"image": list(source.ids), "feature": self.labeller.dim}, chunk=256,
         )  # fmt: skip
@@ -303,10 +307,11 @@ class Dictionaries:
     def activations(self, source: Source, layer: int | None = None, token: str | None = None) -> Activations:
         """Of any images, at the place that the profile names or at another one."""
         layer, token = self.layer if layer is None else layer, token or self.bench.profile.sae_token
-        return activations.stored(source, self.bench.encoder, layer, token, self._arrays)
+        return activations.stored(source, self.bench.encoder, layer, token, self.arrays)
 
     @property
-    def _arrays(self) -> Path:
+    def arrays(self) -> Path:
+        """Where the run keeps what takes long to make."""
         return self.bench.profile.run_dir / "arrays"
 
     @cached_property
@@ -319,7 +324,8 @@ class Dictionaries:
         manifest = replace(self.bench.manifest, images=self.bench.manifest.images[some])
         return Source.of_manifest(manifest, self.bench.profile.source_path, size)
 
-    def _probe(self, size: int) -> Probe:
+    def probe_at(self, size: int) -> Probe:
+        """The probe in another size."""
         if self.drawn:
             seeds = range(FIRST_TO_LOOK_AT, FIRST_TO_LOOK_AT + self.bench.profile.n_probe)
             source = Source.of_scenes(seeds, size)

@@ -63,6 +63,15 @@ class Profile:
     """Folder of the sparse autoencoder that the series goes on with; None takes the one that the run trains."""
     sae_patches: str | None = None
     """Folder of another one, on the tokens of the patches, to see where in an image latents are on."""
+    sae_reference: str | None = None
+    """Folder of the one that reliance is looked for with, best learned from images in which what is suspected goes
+    separately from the classes; None takes the one that the series goes on with."""
+    sae_others: list = field(default_factory=list)
+    """The same for `models`, one each, as far as they are to be looked at."""
+    sae_lesions: str | None = None
+    """The same for the lesion study; None learns one from half of its images."""
+    lesions: str | None = None
+    """Folder of lesions with their metadata (`isic`); None draws them where the images are drawn scenes."""
     sae_layer: int = -1
     """Block after which sparse autoencoders read the residual stream, from 0 or from the end with a minus."""
     sae_token: str = "class"
@@ -144,10 +153,12 @@ class Profile:
             raise ProfileError(
                 f"model {self.model!r}: an OpenCLIP name needs a tag of weights, such as pretrained=openai"
             )
-        for key in ("sae", "sae_patches"):
-            folder = getattr(self, key)
+        given = [(key, getattr(self, key)) for key in DICTIONARIES] + [("sae_others", each) for each in self.sae_others]
+        for key, folder in given:
             if folder and not (ROOT / folder / "sae.json").is_file():
                 raise ProfileError(f"{key} {ROOT / folder}: has no sae.json; accepted: such a folder, or null")
+        if self.lesions and not (ROOT / self.lesions).is_dir():
+            raise ProfileError(f"lesions {ROOT / self.lesions}: no such folder; accepted: images with a metadata.csv")
         if self.vocabulary not in ("world", "imagenet") and not (ROOT / self.vocabulary).is_file():
             raise ProfileError(
                 f"vocabulary {ROOT / self.vocabulary}: no such file; accepted: world, imagenet, or a word a line"
@@ -178,6 +189,8 @@ class Profile:
 
 
 KEYS = tuple(field.name for field in fields(Profile))
+DICTIONARIES = ("sae", "sae_patches", "sae_reference", "sae_lesions")
+"""Keys of dictionaries, each of which fits one model alone."""
 
 _LOWEST = {
     "seed": 0,

@@ -358,7 +358,7 @@ def overrides_from(settings: list[str], profile: str, images: str | None, model:
         folder = Path(model).expanduser()
         local = folder.is_dir() or ("/" in model and not model.startswith("hf-hub:"))
         overrides = (
-            {"pretrained": None, "sae": None, "sae_patches": None}
+            dict.fromkeys(("pretrained", *profiles.DICTIONARIES))
             | overrides
             | {"model": str(folder.resolve()) if local else model}
         )

@@ -8,7 +8,7 @@ bench.show(figure, "l2-by-augmentation", alt="...")
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +39,12 @@ class Workbench:
         chosen.check()
         canvas.warm_up()  # the first figure waits for it
         return cls(notebook, chosen)
+
+    def changed(self, choices: Mapping[str, object]) -> "Workbench":
+        """The same run with other choices, such as another model. Raises ProfileError."""
+        chosen = replace(self.profile, **choices)
+        chosen.check()
+        return Workbench(self.notebook, chosen)
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -1,6 +1,7 @@
 """Paper B's claims against arithmetic by hand on curves that are made up."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from clipshift_core import claims_latents
@@ -50,3 +51,50 @@ def test_a_place_of_its_own_has_letters_of_its_own():
 def test_nothing_to_divide_by_is_not_testable():
     same = dict.fromkeys(("act_x_grad", "logit_lens", "integrated_gradients", "random"), (0.3, 0.3))
     assert rows_of(made(**same))["B1c"].verdict == "not testable here"
+
+
+def test_latents_relied_on_are_counted_once_and_by_their_bounds():
+    found = pd.DataFrame(
+        {
+            "latent": [3, 3, 5, 8, 9],
+            "attribution": [0.5, 0.3, 0.2, 0.1, 0.05],
+            "low": [0.4, 0.2, 0.1, 0.05, 0.0],
+            "high": [0.6, 0.4, 0.3, 0.2, 0.1],
+        }
+    )
+    hits = found.iloc[[0, 2, 3]].assign(kind=["artefact", "compound", "typography"])
+    settings = {"n_latents": 100, "n_images": 7, "notebook": "11"}
+    share, kinds = claims_latents.reliances(found, 0.2, hits, **settings)
+    # from 0.2: latents 3 and 5; for certain only 3; at most 3, 5 and 8
+    assert (share.value, share.ci_low, share.ci_high) == (0.02, 0.01, 0.03) and share.verdict == "reproduced"
+    assert (kinds.value, kinds.ci_low, kinds.ci_high) == (2, 1, 3) and kinds.verdict == "not reproduced"
+    nothing = claims_latents.reliances(found, np.inf, None, **settings)
+    assert nothing[0].value == 0 and nothing[0].verdict == "not reproduced"
+    assert nothing[1].verdict == "not testable here"
+
+
+def test_probes_and_text_by_hand():
+    lost = {"probe": np.repeat([1, 0], [60, 40]), "text": np.repeat([1, 0, -1], [30, 60, 10])}
+    share = {"probe": np.full(50, 0.3), "text": np.full(50, 0.3)}
+    right, ambiguous = np.repeat([True, False, True, False], [60, 40, 95, 5]), np.repeat([True, False], [100, 100])
+    settings = {"n_resamples": 500, "seed": 0, "notebook": "12"}
+    robust, leans, unclear = claims_latents.probes_against_text(lost, share, right, ambiguous, **settings)
+    assert robust.value == pytest.approx(0.6 - 0.2) and robust.verdict == "reproduced" and robust.n == 100
+    assert leans.value == 0 and leans.verdict == "not reproduced"
+    assert unclear.value == pytest.approx(0.4 - 0.05) and unclear.verdict == "reproduced"
+
+
+def test_shortcuts_by_hand():
+    # ruler: 8 of 10 called with it, 4 of 10 without; a patch in every second image speaks for benign
+    called = np.array([1] * 8 + [0] * 2 + [1] * 4 + [0] * 6, bool)
+    shown = pd.DataFrame({"ruler": [True] * 10 + [False] * 10, "patch": [True, False] * 10})
+    with_patch, without = called[::2].mean(), called[1::2].mean()
+    labels = np.array([1] * 6 + [0] * 4 + [1] * 4 + [0] * 6, bool)
+    many = {name: np.tile(each, 30) for name, each in (("probe", called), ("text", labels), ("label", labels))}
+    table = pd.concat([shown] * 30, ignore_index=True)
+    settings = {"n_resamples": 500, "seed": 0, "notebook": "12"}
+    rows = claims_latents.shortcuts(many, table, many, table, {"ruler": 1, "patch": -1}, **settings)
+    ours = (0.4 - (with_patch - without)) / 2
+    theirs = (0.2 - (labels[::2].mean() - labels[1::2].mean())) / 2
+    assert [row.value for row in rows] == pytest.approx([ours, ours - theirs, ours - theirs])
+    assert [row.claim for row in rows] == ["B4a", "B4b", "B4c"]

@@ -14,7 +14,7 @@ from clipshift_core.activations import Source
 from clipshift_core.dictionaries import Dictionaries
 from clipshift_core.encoder import Encoder
 from clipshift_core.pretrain import RECIPES as MODELS
-from clipshift_core.pretrain_sae import RECIPES
+from clipshift_core.pretrain_sae import RECIPES, source
 from clipshift_core.profiles import ProfileError
 from clipshift_core.sae import SaeError
 from clipshift_core.workbench import Workbench
@@ -33,7 +33,7 @@ def open_run(monkeypatch, tmp_path):
 
     def opened(**overrides):
         chosen = profiles.Profile.load("demo", overrides)
-        where = {"source": chosen.source, "model": chosen.model, "sae": chosen.sae, "sae_patches": chosen.sae_patches}
+        where = {key: getattr(chosen, key) for key in ("source", "model", *profiles.DICTIONARIES)}
         there = {key: value and str(profiles.ROOT / value) for key, value in where.items()}
         chosen = profiles.Profile.load("demo", overrides | there)
         monkeypatch.setattr(profiles.Profile, "run_dir", property(lambda self: tmp_path / self.name))
@@ -49,7 +49,7 @@ def test_scenes_to_learn_from_were_never_trained_on_and_never_looked_at(open_run
     assert len(learned) == 300 and len(looked_at) == 50
     assert min(learned) >= max(recipe.n_scenes for recipe in MODELS.values())
     assert max(learned) < scenes.HELD_OUT <= min(looked_at)
-    assert max(r.n_scenes for r in RECIPES.values()) + dictionaries.FIRST_TO_LEARN < scenes.HELD_OUT
+    assert max(r.n_images for r in RECIPES.values()) + dictionaries.FIRST_TO_LEARN < scenes.HELD_OUT
 
 
 def test_a_block_that_is_not_there_is_refused(open_run):
@@ -118,7 +118,7 @@ def test_what_ships_is_as_good_as_its_card_says(name, encoders, tmp_path):
     assert learned.sae.settings == {"width": encoder.width, "n_latents": recipe.n_latents, "k": recipe.k}
     seeds = range(dictionaries.FIRST_TO_LOOK_AT, dictionaries.FIRST_TO_LOOK_AT + 500)
     held = activations.stored(
-        Source.of_scenes(seeds, encoder.image_size), encoder, recipe.layer, recipe.token, tmp_path
+        source(recipe.world, seeds, encoder.image_size), encoder, recipe.layer, recipe.token, tmp_path
     )
     found = sae_quality.quality(learned.sae, held.in_order())
     stated = re.search(r"never on \|.*\n\|[-|]*\n\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", card)

@@ -232,7 +232,7 @@ def test_images_and_model_make_a_run_of_their_own(tmp_path, monkeypatch):
     assert both["name"] == "demo-My-photos-vit" and both["seed"] == 2
     assert both["source"] == str(tmp_path / "My photos") and both["model"] == str(tmp_path / "vit")
     named = overrides_from(["pretrained=openai"], "paper", None, "ViT-B-16")
-    other_model = {"sae": None, "sae_patches": None}  # a dictionary fits its own model alone
+    other_model = dict.fromkeys(profiles.DICTIONARIES)  # each fits its own model alone
     assert named == {"name": "paper-ViT-B-16", "model": "ViT-B-16", "pretrained": "openai"} | other_model
     assert overrides_from([], "demo", None, "hf-hub:a/b")["model"] == "hf-hub:a/b"
     assert overrides_from([], "demo", "", "") == {}
