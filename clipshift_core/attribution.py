@@ -54,6 +54,7 @@ class Target:
 
     direction: Float[Tensor, "*text image dim"]
     bias: Float[Tensor, "..."] | float = 0.0
+    """One number, one for each text as (text, 1), or, beside a direction for each image, one for each image."""
     normalised: bool = True
     """Whether e is divided by its length."""
 
@@ -97,6 +98,8 @@ class Target:
             return self
         made = copy(self)  # not made anew: it would be checked again, and this is called for every few images
         object.__setattr__(made, "direction", self.direction[..., images.to(self.direction.device), :])
+        if isinstance(self.bias, Tensor) and self.bias.ndim and self.bias.shape[-1] == self.direction.shape[-2]:
+            object.__setattr__(made, "bias", self.bias[..., images.to(self.bias.device)])
         return made
 
     def _bias(self, like: Tensor) -> Tensor | float:

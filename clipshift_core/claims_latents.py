@@ -26,7 +26,8 @@ B4a  A lesion classifier relies on hidden shortcuts: where artefacts say nothing
 B4b  It amplifies them: on biased images, that difference of its calls minus that of the labels, above 0.
 B4c  More so than text: B4a's statistic for the probe minus that for zero-shot text, above 0.
 
-The gaps behind B4a and B4c had been seen in a first look at another 600 lesions; the rest of B2 to B4 had not.
+Before they were decided here, the statistics of B3 and the gaps of B4a and B4c had been seen in first looks at other
+images of the world; they were stated before, but for B4a's and B4c's gaps.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,8 @@
 
 The label is a rule of the factors alone (`Lesion.score`), an ABCD score with the weights and thresholds of
 Stolz et al. (1994), in which the diameter takes the place of the dermoscopic structures. In the training
-split some artefacts go with the label (`PLANTED_SHORTCUTS`); in the test split all are independent of it.
+split some artefacts go with the label (`PLANTED_SHORTCUTS`); in the test split all are independent of it; in
+the reversed one they go with the other label.
 
 One drawing is an SVG document in a 0..100 view box that shows 18 mm of skin. Everything that is random inside
 it comes from (lesion.seed, the part drawn), so that adding a ruler moves no hair (`svg`, of `dermatoscope`).
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from clipshift_core.dermatoscope import part_rng, svg
 from clipshift_core.scenes import article, rasterise
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test")  # what models and dictionaries are trained on
+REVERSED = "reversed"  # for tests alone: each planted shortcut at the rates of "train", swapped between the labels
 ARTEFACTS = ("ruler", "hair", "patch", "ink", "vignette")
 SKIN_WORDS = ("light", "light", "medium", "medium", "dark", "dark")  # Fitzpatrick I to VI
 
@@ -95,15 +97,16 @@ class Lesion:
 
 
 def sample(rng: np.random.Generator, split: str) -> Lesion:
-    """One lesion: malignant half of the time, artefacts at the rates of `split`, "train" or "test"."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; accepted are {', '.join(SPLITS)}")
+    """One lesion: malignant half of the time, artefacts at the rates of `split`, "train", "test" or "reversed"."""
+    if split not in (*SPLITS, REVERSED):
+        raise ValueError(f"split is {split!r}; accepted are {', '.join((*SPLITS, REVERSED))}")
     seed = int(rng.integers(2**31))
     label = "malignant" if rng.random() < 0.5 else "benign"
     cues = {name: bool(rng.random() < rate) for name, rate in UNPLANTED_RATES.items()}
     for shortcut in PLANTED_SHORTCUTS:
-        given = shortcut.rate_train_given_label if label == shortcut.label else shortcut.rate_otherwise
-        cues[shortcut.artefact] = bool(rng.random() < (given if split == "train" else shortcut.rate_test))
+        with_cue = label == shortcut.label if split == "train" else label != shortcut.label  # of "train" and "reversed"
+        given = shortcut.rate_train_given_label if with_cue else shortcut.rate_otherwise
+        cues[shortcut.artefact] = bool(rng.random() < (shortcut.rate_test if split == "test" else given))
     tone = int(rng.integers(1, 3) if cues.pop("light_skin") else rng.integers(3, 7))
     return Lesion(seed=seed, skin_tone=tone, **_label_factors(rng, label), **cues)
 

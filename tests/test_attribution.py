@@ -112,6 +112,7 @@ TARGETS = {
     "several": logit(TEXTS[:5, None], 30.0),
     "margin": margin(TEXTS[0], TEXTS[1], 30.0),
     "probe": probe(TEXTS[2], 0.3, normalised=False),
+    "a probe an image": probe(TEXTS[:4], TEXTS[:4, 0], normalised=True),
     "several probes": probe(TEXTS[:5, None], TEXTS[:5, :1], normalised=True),
 }
 

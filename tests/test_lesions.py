@@ -1,5 +1,6 @@
 """The lesion world: the rule, the planted rates, counterfactuals, the same pixels again."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -25,11 +26,11 @@ def test_the_rule_by_hand():
 def test_no_factor_outside_its_range():
     with pytest.raises(ValueError, match="asymmetry is 1.5.*0 to 1"):
         Lesion(seed=0, asymmetry=1.5, border=0, colours=1, diameter_mm=5, skin_tone=1)
-    with pytest.raises(ValueError, match="'valid'.*train, test"):
+    with pytest.raises(ValueError, match="'valid'.*train, test, reversed"):
         lesions.sample(np.random.default_rng(0), "valid")
 
 
-@pytest.mark.parametrize("split", lesions.SPLITS)
+@pytest.mark.parametrize("split", (*lesions.SPLITS, lesions.REVERSED))
 def test_rates_are_the_stated_ones(split):
     table = lesions.table(draw(6000, split))
     assert abs(table.malignant.mean() - 0.5) < 0.02
@@ -40,10 +41,29 @@ def test_rates_are_the_stated_ones(split):
         stated = (planted.rate_train_given_label, planted.rate_otherwise)
         if split == "test":
             stated = (planted.rate_test, planted.rate_test)
+        if split == "reversed":
+            stated = (planted.rate_otherwise, planted.rate_train_given_label)
         # five standard errors of a share of about 3,000 images
         assert (given, otherwise) == pytest.approx(stated, abs=5 * 0.5 / np.sqrt(3000))
     for artefact, rate in lesions.UNPLANTED_RATES.items():
         assert table.groupby("label")[artefact].mean().to_numpy() == pytest.approx([rate, rate], abs=0.046)
+
+
+def test_splits_that_are_trained_on_stay_as_they_were():
+    """Factors of a lesion of "train" and of "test", written down before there was a third split."""
+    assert lesions.SPLITS == ("train", "test")
+    assert [hashlib.sha256(repr(draw(500, split)).encode()).hexdigest()[:16] for split in lesions.SPLITS] == [
+        "47f5d556db1c34f2",
+        "929651104e634bf0",
+    ]
+
+
+def test_the_split_changes_the_planted_artefacts_alone():
+    """One seed in each split: label, factors and all that is not planted are the same, for the draws are as many."""
+    planted = {"ruler": False, "patch": False, "skin_tone": 3}
+    for seed in range(30):
+        made = [lesions.sample(np.random.default_rng(seed), split) for split in (*lesions.SPLITS, lesions.REVERSED)]
+        assert len({replace(lesion, **planted) for lesion in made}) == 1
 
 
 def test_no_single_factor_gives_the_label_away():
