@@ -20,7 +20,7 @@ from torch import Tensor
 from clipshift_core import attribution, causal, concepts, evidence, exam, reliance, scenes, suppression, vocabulary
 from clipshift_core.activations import Source
 from clipshift_core.attribution import METHODS
-from clipshift_core.dictionaries import Asked, Dictionaries, Learned, Probe, read
+from clipshift_core.dictionaries import LEAST, Asked, Dictionaries, Learned, Probe, read
 from clipshift_core.profiles import ROOT, named
 from clipshift_core.splice import Splice, State
 from clipshift_core.workbench import Workbench
@@ -66,7 +66,10 @@ class Audit:
     def left_out(self) -> str:
         """Why there is no audit; empty where there is."""
         found = self.dictionaries
-        return found.not_shifted if found.bench.profile.sae_reference is None else ""
+        if found.bench.profile.sae_reference is None and found.not_shifted:
+            return found.not_shifted
+        n = len(found.probe.images)
+        return f"{n} images are too few to audit (at least {LEAST})" if n < LEAST else ""
 
     @cached_property
     def learned(self) -> Learned:

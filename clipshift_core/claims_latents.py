@@ -38,7 +38,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike, NDArray
 
-from clipshift_core import stats
+from clipshift_core import lesion_study, probes, stats
 from clipshift_core.claims import Claim, Criterion
 from clipshift_core.faithfulness import Curves
 from clipshift_core.stats import Interval, Statistic
@@ -192,8 +192,11 @@ def probes_against_text(
     for criterion, pair in ((_ROBUST, lost), (_LEANS, share)):
         difference = np.asarray(pair["probe"], float) - np.asarray(pair["text"], float)
         rows.append(criterion.decide(stats.bootstrap_mean(difference, **settings), len(difference), notebook))
-    gap = stats.bootstrap(_gap(~np.asarray(right), np.asarray(ambiguous)[:, None], [1]), len(right), **settings)
-    return [*rows, _AMBIGUOUS.decide(gap, len(right), notebook)]
+    wrong, is_ambiguous = 1.0 - np.asarray(right), np.asarray(ambiguous)
+    gap = stats.bootstrap(
+        lambda counts: probes.ambiguity_statistic(counts, wrong, is_ambiguous), len(wrong), **settings
+    )
+    return [*rows, _AMBIGUOUS.decide(gap, len(wrong), notebook)]
 
 
 def shortcuts(
@@ -213,11 +216,10 @@ def shortcuts(
     each. signs: of the planted ones, 1 where it goes with malignant, -1 where with benign.
     """
     settings = {"n_resamples": n_resamples, "seed": seed}
-    directions = list(signs.values())
 
     def gaps(calls: Mapping[str, ArrayLike], artefacts: pd.DataFrame) -> dict[str, Statistic]:
-        shown = artefacts[list(signs)].to_numpy(bool)
-        return {name: _gap(np.asarray(call), shown, directions) for name, call in calls.items()}
+        shown = {name: artefacts[name].to_numpy(float) for name in signs}
+        return {name: lesion_study.mean_gap(np.asarray(call, float), shown, signs) for name, call in calls.items()}
 
     where, there = gaps(free, free_artefacts), gaps(biased, biased_artefacts)
     tests = (
@@ -228,18 +230,3 @@ def shortcuts(
     return [
         criterion.decide(stats.bootstrap(statistic, n, **settings), n, notebook) for criterion, statistic, n in tests
     ]
-
-
-def _gap(
-    called: Bool[NDArray, " image"], shown: Bool[NDArray, "image artefact"], signs: Float[ArrayLike, " artefact"]
-) -> Statistic:
-    """Share called with minus without an artefact, times its sign; mean over artefacts."""
-
-    def gap(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        means = []
-        for some in (shown, ~shown):
-            n = counts @ some
-            means.append(np.divide(counts @ (some & called[:, None]), n, out=np.full(n.shape, np.nan), where=n > 0))
-        return ((means[0] - means[1]) * signs).mean(1)
-
-    return gap

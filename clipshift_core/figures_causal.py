@@ -13,7 +13,7 @@ from clipshift_core.figures_preservation import _panels
 
 SYMBOLS = ("circle", "square", "diamond", "cross")
 """The mark of each model, beside its colour."""
-LEFT_OVER = {"best": "without its best latent", "found": "without all found ones"}
+LEFT_OVER = {"best": "without its best latent", "found": "without all that are listed"}
 """What remains of a rise: the column that `_rows` gives it, and its name. The second is a ring, which may lie
 about the first."""
 ROW, ROW_OF_SEVERAL = 24, 38

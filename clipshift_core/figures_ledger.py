@@ -35,7 +35,7 @@ def claims(table: pd.DataFrame) -> go.Figure:
         "The ledger: which claims hold in this run",
         "each statistic with its 95 % interval, scaled row by row; right of the line is the claim's side of its bound",
         height=130 + ROW * len(table),
-        margin={"l": 20, "r": 200, "t": 96, "b": 30},
+        margin={"l": 20, "r": 200, "t": 112, "b": 30},
         xaxis={
             "range": [-1.08, 1.08],
             "showticklabels": False,
@@ -43,7 +43,7 @@ def claims(table: pd.DataFrame) -> go.Figure:
             "zeroline": True,
             "zerolinecolor": INK,
         },
-        yaxis={"autorange": "reversed", "ticks": "", "showgrid": False, "range": [len(table) - 0.5, -0.5]},
+        yaxis={"ticks": "", "showgrid": False, "range": [len(table) - 0.5, -0.5]},
     )
     for verdict, (colour, symbol) in VERDICTS.items():
         rows = [_scaled(row) | {"y": y} for y, row in enumerate(table.itertuples()) if row.verdict == verdict]

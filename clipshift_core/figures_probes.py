@@ -94,7 +94,7 @@ def shares(table: pd.DataFrame, *, level: float = 0.95) -> go.Figure:
     for c, rows in enumerate(models.values(), 1):
         _against_strength(figure, rows, "share", first=c == 1, row=1, col=c)
         figure.update_xaxes(title=STRENGTH_AXIS, row=1, col=c)
-    figure.update_yaxes(range=_range(table, floor=0.0), tickformat=".0%")
+    figure.update_yaxes(range=_range(table, floor=0.0), tickformat=".1%")
     figure.update_yaxes(title="Share of absolute attribution", row=1, col=1)
     return _finished(figure)
 

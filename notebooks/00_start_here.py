@@ -175,3 +175,6 @@ else:
 # | `08_components` | what the latents stand for, beside what is really in the images | B, 2 to 4 |
 # | `09_attribution` | which latents drive a prediction, and which attribution is faithful | B, 5 and 6 |
 # | `10_shift_attribution` | which latents an augmentation destroys or invents, and whether they repair it | A and B |
+# | `11_unexpected_reliance` | which latents a class relies on without their meaning it, and whether that is so | B, 7 |
+# | `12_probes_and_lesions` | whether text is more robust than probes; the lesion study | B, 8 and 9 |
+# | `13_figures_and_claims` | every claim with its verdict and how to read it; every figure on two sheets | A and B |

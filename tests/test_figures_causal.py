@@ -122,7 +122,7 @@ def test_what_remains_without_latents(planted, removed, remaining):
     figure = figures.rises(planted, removed, remaining)
     assert figure.layout.xaxis2.range[0] < -0.2 and figure.layout.xaxis2.range[1] > 1
     named = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert named == ["without its best latent", "without all found ones"]
+    assert named == ["without its best latent", "without all that are listed"]
     assert [trace.name for trace in figures.rises(planted, removed).data if trace.showlegend is not False] == named[:1]
     assert all(x is None for x in panel(figures.rises(planted, removed), "x2")[1].x)
 
