@@ -95,7 +95,7 @@ def sheet(pictures: Sequence[Path], title: str) -> go.Figure:
         with Image.open(path) as picture:
             shown = np.asarray(picture.convert("RGB"))
         figure.add_layout_image(
-            source=data_uri(shown, 3 * THUMB[0] // 2), x=x, y=y, xref="x", yref="y", sizex=THUMB[0], sizey=THUMB[1],
+            source=data_uri(shown, 5 * THUMB[0] // 4), x=x, y=y, xref="x", yref="y", sizex=THUMB[0], sizey=THUMB[1],
             xanchor="center", yanchor="top", sizing="contain",
         )  # fmt: skip
         told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

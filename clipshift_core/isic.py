@@ -3,8 +3,8 @@
 The folder is what the ISIC Archive (isic-archive.com) gives for a collection: images, however deep in it, and a
 metadata.csv with a row an image. The study then runs as on the drawn lesions:
 
-    found = isic.read(folder)                            # found.manifest.set_aside says what is left out, and why
-    images = isic.images(found, encoder, seed=0)         # any encoder; probes want one that knows photographs
+    found = isic.read(folder)  # found.manifest.set_aside says what is left out, and why
+    images = isic.images(found, partial(lesion_study.encoded, encoder=encoder), encoder.image_size, seed=0)
     readers = {"probe": lesion_study.probe_reader(images), "text": lesion_study.text_reader(encoder)}
     made = lesion_study.study(images, readers, n_resamples=1000, seed=0)
 
@@ -37,8 +37,7 @@ from sklearn.model_selection import GroupShuffleSplit
 
 from clipshift_core import manifests
 from clipshift_core.activations import Source
-from clipshift_core.encoder import Encoder
-from clipshift_core.lesion_study import READERS, Images, encoded
+from clipshift_core.lesion_study import READERS, Encode, Images
 from clipshift_core.manifests import SUFFIXES, Manifest
 
 ID_COLUMNS = ("isic_id", "image_name", "image_id", "image")
@@ -146,11 +145,11 @@ def split(table: pd.DataFrame, *, seed: int) -> pd.Series:
     return found
 
 
-def images(found: Isic, encoder: Encoder, *, seed: int) -> Images:
-    """The folder's images, split and embedded."""
-    source = Source.of_manifest(found.manifest, found.folder, encoder.image_size)
+def images(found: Isic, encode: Encode, size: int, *, seed: int) -> Images:
+    """The folder's images at `size` pixels, split, and embedded by `encode`."""
     table = found.manifest.images
-    return Images(table.assign(split=split(table, seed=seed)), *encoded(source, encoder), found.artefacts)
+    source = Source.of_manifest(found.manifest, found.folder, size)
+    return Images(table.assign(split=split(table, seed=seed)), *encode(source), found.artefacts)
 
 
 # Tables -------------------------------------------------------------------------------------------------------------

@@ -46,14 +46,10 @@ class Case:
     @cached_property
     def images(self) -> Images:
         """The lesions, embedded, with labels, splits and artefacts."""
+        size = self.dictionaries.bench.encoder.image_size
         if self.found is None:
-            table, drawn = lesion_study.drawn()
-            encoder = self.dictionaries.bench.encoder
-            source = Source.of_drawings(drawn, encoder.image_size)
-            return Images(table, *self._encoded(source), lesion_study.ARTEFACTS, lesion_study.SIGNS)
-        manifest = self.found.manifest
-        table = manifest.images.assign(split=isic.split(manifest.images, seed=self.dictionaries.bench.profile.seed))
-        return Images(table, *self._encoded(self._of(manifest.images.index)), self.found.artefacts)
+            return lesion_study.world(self._encoded, size)
+        return isic.images(self.found, self._encoded, size, seed=self.dictionaries.bench.profile.seed)
 
     @cached_property
     def readers(self) -> dict[str, Target]:

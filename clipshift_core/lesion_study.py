@@ -14,7 +14,7 @@ What a cue does by itself is asked of lesions drawn with and without it (`effect
 a folder of photographs (`isic`) another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -53,6 +53,10 @@ SIGNS = {shortcut.artefact: 1 if shortcut.label == "malignant" else -1 for short
 """The planted artefacts, and the sign of the gap that each was planted to give."""
 ARTEFACTS = (*SIGNS, "hair", "ink", "vignette")
 """Those of the drawn world: the planted ones, and those that go with no label."""
+
+
+Encode = Callable[[Source], tuple[Float[Tensor, "image dim"], Float[Tensor, "image width"] | None]]
+"""From images to embeddings and class tokens, such as `encoded` of one encoder."""
 
 
 class Images(NamedTuple):
@@ -109,10 +113,10 @@ def drawn(sizes: Mapping[str, int] = SIZES, first: int = FIRST) -> tuple[pd.Data
     return table.assign(split=splits, **{name: table[of] > cut for name, (of, cut) in cuts}), made
 
 
-def world(encoder: Encoder, sizes: Mapping[str, int] = SIZES) -> Images:
-    """The drawn lesions, embedded."""
+def world(encode: Encode, size: int, sizes: Mapping[str, int] = SIZES) -> Images:
+    """The drawn lesions at `size` pixels, embedded by `encode`."""
     table, made = drawn(sizes)
-    return Images(table, *encoded(Source.of_drawings(made, encoder.image_size), encoder), ARTEFACTS, SIGNS)
+    return Images(table, *encode(Source.of_drawings(made, size)), ARTEFACTS, SIGNS)
 
 
 def pairs(n: int = N_PAIRS, first: int = FIRST_PAIR, artefacts: Sequence[str] = tuple(SIGNS)) -> Pairs:

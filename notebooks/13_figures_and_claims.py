@@ -63,13 +63,10 @@ with pd.option_context("display.max_colwidth", None):
 
 # %%
 pictures = sorted(path for path in (bench.profile.run_dir / "figures").glob("*.png") if not path.name.startswith("13-"))
-for name, part, first in (("paper-a", pictures, "00"), ("paper-b", pictures, "07")):
-    some = [path for path in part if (path.name < "07") == (first == "00")]
+for name, first in (("paper-a", "00"), ("paper-b", "07")):
+    some = [path for path in pictures if (path.name < "07") == (first == "00")]
     if some:
-        display(bench.show(
-            figures_ledger.sheet(some, f"The figures of notebooks {first} to {some[-1].name[:2]}"),
-            name,
-            alt=f"The figures of notebooks {first} to {some[-1].name[:2]}, small, each with its name and title.",
-        ))
+        title = f"The figures of notebooks {first} to {some[-1].name[:2]}"
+        bench.show(figures_ledger.sheet(some, title), name, alt=f"{title}, small, each with its name and title.").show("png")
 if not pictures:
     display(Markdown("Left out: no browser was found to draw the figures; the `.html` files beside this run's tables hold them."))

@@ -1,6 +1,7 @@
 """ISIC folders: what is read, what is set aside and why, no patient on two sides, and the whole study end to end."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -210,7 +211,7 @@ def test_the_study_on_a_folder_from_end_to_end(folder):
     assert found.artefacts == ("light_skin", "ruler", "patch", "hair")
 
     encoder = Encoder.load(str(MODELS / "scene-s16"), device="cpu", precision="fp32")
-    images = isic.images(found, encoder, seed=0)
+    images = isic.images(found, partial(lesion_study.encoded, encoder=encoder), encoder.image_size, seed=0)
     row = 40
     pixels = np.asarray(Image.open(folder / images.table["path"].iloc[row]))
     assert np.allclose(images.embeddings[row], encoder.encode(pixels[None]).embedding[0], atol=1e-4)

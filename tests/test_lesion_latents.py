@@ -1,5 +1,7 @@
 """Latents of lesions against scikit-learn, against the forward pass written out, and against loops."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,7 +32,9 @@ def splice(encoder):
 
 @pytest.fixture(scope="module")
 def images(encoder):
-    return lesion_study.world(encoder, {"biased": 30, "balanced": 90})._replace(artefacts=(*SIGNS, "ink"))
+    encode = partial(lesion_study.encoded, encoder=encoder)
+    made = lesion_study.world(encode, encoder.image_size, {"biased": 30, "balanced": 90})
+    return made._replace(artefacts=(*SIGNS, "ink"))
 
 
 @pytest.fixture(scope="module")
