@@ -120,11 +120,26 @@ if drawn:
         alt="How far each planted cue alone raises its word's similarity, and what remains of that without the latents that carry it.",
     ))
     known = planted[planted["model"] == audit.name]
-    carried = removed[removed["model"] == audit.name].merge(known.rename(columns={"cue": "value"})[["word", "family", "value"]])
+    carried = removed[removed["model"] == audit.name].merge(known.rename(columns={"cue": "value"})[["kind", "word", "family", "value"]])
     display(Markdown(
         f"{audit.name}: {known['causal'].sum()} of {len(known)} planted reliances raise their word when added alone; of these "
         f"{carried.drop_duplicates(['word', 'value']).shape[0]} have a latent whose deletion takes at least a fifth of the rise. "
         f"The others are written by many latents, each in part, and no list of single latents can name them."
+    ))
+
+# %%
+if drawn and len(audit.best):
+    planted_kind = carried.drop_duplicates(["word", "latent"]).set_index(["word", "latent"])["kind"].rename("planted_kind")
+    guessed = seen.table.join(planted_kind, on=["word", "latent"])
+    display(bench.show(
+        figures_evidence.kinds(guessed),
+        "kinds",
+        alt="How many of the best candidates were guessed to be of each kind, and as what those were planted that carry a planted reliance.",
+    ))
+    of_plan = guessed.dropna(subset="planted_kind")
+    display(Markdown(
+        f"Of {len(of_plan)} candidates that carry a planted reliance {(of_plan['kind'] == of_plan['planted_kind']).sum()} are guessed to be of its kind: too few to judge the rule by. "
+        "What was not planted is likeness, mostly: *other*."
     ))
 
 # %% [markdown]
