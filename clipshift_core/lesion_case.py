@@ -65,17 +65,22 @@ class Case:
         return lesion_study.study(self.images, self.readers, **self.dictionaries.bench.resampling)
 
     @cached_property
-    def pairs(self) -> tuple[Pairs, Float[Tensor, "drawing dim"]]:
-        """Drawn lesions with and without each planted artefact, and their embeddings."""
+    def pairs(self) -> tuple[Pairs, Float[Tensor, "drawing dim"], Float[Tensor, "drawing width"] | None]:
+        """Drawn lesions with and without each planted artefact, their embeddings and class tokens."""
         made = lesion_study.pairs()
         source = Source.of_drawings(made.drawings, self.dictionaries.bench.encoder.image_size)
-        return made, self._encoded(source)[0]
+        return made, *self._encoded(source)
 
     def effects(self) -> pd.DataFrame:
         """What adding an artefact alone does to each reader."""
-        made, embeddings = self.pairs
+        made, embeddings, _ = self.pairs
         margins = {name: target(embeddings).double().numpy() for name, target in self.readers.items()}
         return lesion_study.effects(made.table, margins, **self.dictionaries.bench.resampling)
+
+    def turned(self) -> pd.DataFrame:
+        """The latents that adding an artefact alone turns up most."""
+        made, _, tokens = self.pairs
+        return lesion_latents.turned(self.spliced, tokens, made.table, **self.dictionaries.bench.resampling)
 
     @property
     def no_dictionary(self) -> str:

@@ -148,7 +148,8 @@ if not case.left_out and case.images.planted:
 # %% [markdown]
 # ### Through which latents, and does suppressing them help?
 #
-# Latents that stand for an artefact are chosen on one half of the balanced lesions, and everything is measured on the other.
+# Latents that stand for an artefact are chosen on one half of the balanced lesions, and everything is measured on the other. Beside that choice by correlation, in
+# the drawn world, the causal one: the latent that adding the artefact alone turns up most.
 
 # %%
 if not case.left_out and not case.no_dictionary:
@@ -156,6 +157,11 @@ if not case.left_out and not case.no_dictionary:
     bench.keep(inside.drivers, "lesion-drivers")
     display(bench.keep(inside.factors, "lesion-latents").round(3))
     display(bench.keep(inside.shares, "lesion-shares").round(3))
+    if case.images.planted:
+        turned = bench.keep(case.turned(), "lesion-turned")
+        stands_for = inside.latents.set_index("latent")["factor"]
+        strongest = turned[turned["rank"] == 1].assign(stands_for=lambda rows: rows["latent"].map(stands_for))
+        display(strongest[["artefact", "latent", "change", "low", "high", "up", "stands_for"]].round(3))
     suppressed = bench.keep(case.suppressed(), "lesion-suppression")
     display(suppressed[suppressed["measure"].isin(["accuracy", "mean gap"])].pivot_table(
         index=["reader", "split", "measure"], columns="deleted", values="value", sort=False

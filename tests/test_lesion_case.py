@@ -50,7 +50,7 @@ def test_the_drawn_study_from_end_to_end(opened):
     assert set(case.study.accuracy["reader"]) == {"probe", "text"}
     assert case.spliced.sae.n_latents == 512
     effects = case.effects()
-    assert set(effects["artefact"]) == set(lesion_study.SIGNS)
+    assert set(effects["artefact"]) == set(case.turned()["artefact"]) == set(lesion_study.SIGNS)
     assert case.latents.split == "balanced" and set(case.suppressed()["deleted"]) >= {"none", "artefacts", "random"}
 
 
