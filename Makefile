@@ -43,7 +43,7 @@ test: setup ## lint, unit tests, and every committed notebook run again and comp
 	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 lab: setup ## open the notebooks in JupyterLab
-	@$(RUN) jupyter lab notebooks
+	@$(RUN) jupyter lab notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
 model: setup ## train the models of the demo and their dictionaries from scratch (goes on after a kill)
 	@$(RUN) clipshift_core.pretrain

@@ -28,7 +28,7 @@ import plotly
 import plotly.graph_objects as go
 import plotly.io as pio
 from choreographer.browsers.chromium import Chromium
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 WIDTH = 960
 """Width of every figure in CSS pixels: what a README shows without shrinking the text below 12 px."""
@@ -220,6 +220,7 @@ def data_uri(image: np.ndarray, size: int) -> str:
     picture = Image.fromarray(np.asarray(image, dtype=np.uint8))
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 3 * size**2)  # an optimised JPEG is written whole
     picture.save(buffer, "JPEG", quality=78, subsampling=0, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 

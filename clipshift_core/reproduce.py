@@ -216,6 +216,7 @@ def _execute(notebook: Notebook, key: str, given: dict, run_dir: Path, board: pr
             start_timeout=120,
             iopub_timeout=60,
             execution_timeout=CELL_TIMEOUT,
+            store_widget_state=False,  # a FigureWidget's holds the whole of plotly.js
             on_cell_start=board.cell,
             # Shutting down interrupts the kernel, which at times logs that as an error of its own, into our report of
             # the failing cell. What goes wrong in a cell does not come this way.

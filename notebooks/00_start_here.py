@@ -178,3 +178,4 @@ else:
 # | `11_unexpected_reliance` | which latents a class relies on without their meaning it, and whether that is so | B, 7 |
 # | `12_probes_and_lesions` | whether text is more robust than probes; the lesion study | B, 8 and 9 |
 # | `13_figures_and_claims` | every claim with its verdict and how to read it; every figure on two sheets | A and B |
+# | `14_explorers` | look for yourself: shift, components and attribution, with a kernel | A and B |

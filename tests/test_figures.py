@@ -451,3 +451,9 @@ def test_labels_of_names_that_are_not_ours():
     assert canvas.label("object_kind") == "Object kind" and canvas.label("cosine") == "Cosine similarity"
     assert canvas.short(4.5) == "4.50" and canvas.short(123.0) == "123" and canvas.short(0.08) == "0.0800"
     assert canvas.numbers([1 / 3, float("nan"), np.float32(2)]) == [0.333333, None, 2.0]
+
+
+def test_noise_fits_into_a_page():
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(canvas.data_uri(noise, 224).partition(",")[2]))))
+    assert shown.shape == (224, 224, 3) and np.abs(shown.astype(float) - noise).mean() < 30
