@@ -8,8 +8,25 @@ import html
 import time
 from collections.abc import Sequence
 
+import anywidget
 import ipywidgets
 import plotly.graph_objects as go
+
+
+class _Keys(anywidget.AnyWidget):
+    """Keeps the keys that are pressed in an explorer there: JupyterLab takes a focused list's arrows for its own."""
+
+    _esm = """
+    function render({ el }) {
+      const attach = () => {
+        const explorer = el.closest(".clipshift-explorer");
+        if (explorer) explorer.addEventListener("keydown", (event) => event.stopPropagation());
+        else requestAnimationFrame(attach);
+      };
+      attach();
+    }
+    export default { render };
+    """
 
 
 class Explorer(ipywidgets.VBox):
@@ -31,7 +48,7 @@ class Explorer(ipywidgets.VBox):
         self.trouble.add_class("clipshift-trouble")
         left = ipywidgets.VBox(list(controls), layout={"width": "300px", "flex": "0 0 auto"})
         right = ipywidgets.VBox(list(shown), layout={"flex": "1 1 auto"})
-        super().__init__([ipywidgets.HBox([left, right]), self.said, self.trouble])
+        super().__init__([ipywidgets.HBox([left, right]), self.said, self.trouble, _Keys()])
         self.add_class("clipshift-explorer")
         self.seconds = 0.0
         """How long the last answer took."""
