@@ -31,9 +31,6 @@ from clipshift_core.reproduce import KERNELSPEC
 SECONDS = 120
 """The longest anything may take: a kernel has to start, and to import torch."""
 
-BENIGN: dict[str, str] = {}
-"""Errors the console may report: a part of the message, and why it may."""
-
 expect.set_options(timeout=SECONDS * 1000)
 
 
@@ -140,21 +137,17 @@ def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
 
 
 class Notebook:
-    """A notebook in a page of the browser.  errors: what the console reported, the benign left out."""
+    """A notebook in a page of the browser.  errors: what the console reported and what was thrown, all of it."""
 
     def __init__(self, page: Page, address: str):
         self.page, self.errors = page, []
         page.set_default_timeout(SECONDS * 1000)
-        page.on("console", lambda message: self._hear(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self._hear(str(error)))
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(address)
         # what else tells of the kernel says idle before there is one
         ready = page.locator("#jp-main-statusbar").get_by_text("| Idle")
         expect(ready).to_be_visible(timeout=SECONDS * 1000)
-
-    def _hear(self, message: str) -> None:
-        if not any(part in message for part in BENIGN):
-            self.errors.append(message)
 
     def run_all(self) -> None:
         """Run > Run All Cells."""
