@@ -12,21 +12,30 @@ import anywidget
 import ipywidgets
 import plotly.graph_objects as go
 
+from clipshift_core.canvas import CONFIG
+
 
 class _Keys(anywidget.AnyWidget):
     """Keeps the keys that are pressed in an explorer there: JupyterLab takes a focused list's arrows for its own."""
 
     _esm = """
     function render({ el }) {
-      const attach = () => {
+      let waiting = requestAnimationFrame(function attach() {
         const explorer = el.closest(".clipshift-explorer");
         if (explorer) explorer.addEventListener("keydown", (event) => event.stopPropagation());
-        else requestAnimationFrame(attach);
-      };
-      attach();
+        else waiting = requestAnimationFrame(attach);
+      });
+      return () => cancelAnimationFrame(waiting);
     }
     export default { render };
     """
+
+
+def live(figure: go.Figure) -> go.FigureWidget:
+    """The figure as a widget, without plotly's bar of buttons."""
+    widget = go.FigureWidget(figure)
+    widget._config = CONFIG | {"displayModeBar": False}  # plotly has no public way to it
+    return widget
 
 
 class Explorer(ipywidgets.VBox):

@@ -14,9 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from clipshift_core.attributed import EXACT
-from clipshift_core.canvas import CONFIG, INK, MUTED, canvas, data_uri, numbers
+from clipshift_core.canvas import INK, MUTED, canvas, data_uri, numbers
 from clipshift_core.dictionaries import Dictionaries
-from clipshift_core.explore import Explorer
+from clipshift_core.explore import Explorer, live
 from clipshift_core.figures_attribution import METHOD_LOOKS, N_NAMED, NEGATIVE, POSITIVE, ZERO, _hatched
 from clipshift_core.prompted import PromptError, Questions, Taken
 
@@ -50,7 +50,7 @@ class AttributionExplorer(Explorer):
         self.ticks = [ipywidgets.Checkbox(description="delete", indent=False, layout=wide) for _ in range(N_NAMED)]
         self.none = ipywidgets.Button(description="Delete none", tooltip="Take back all deletions")
         self.none.on_click(lambda button: self.untick())
-        self.picture, self.change, self.bars = _widget(_picture()), _widget(_change()), _widget(_bars())
+        self.picture, self.change, self.bars = live(_picture()), live(_change()), live(_bars())
         asked = [self.image, self.prompt, self.method]
         super().__init__(
             [*asked, *self.ticks, self.none],
@@ -284,12 +284,6 @@ def _change() -> go.Figure:
     )
     figure.add_bar()
     return figure.add_scatter()
-
-
-def _widget(figure: go.Figure) -> go.FigureWidget:
-    widget = go.FigureWidget(figure)
-    widget._config = CONFIG | {"displayModeBar": False}  # plotly has no public way to it
-    return widget
 
 
 def _short(label: str) -> str:

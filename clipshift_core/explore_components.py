@@ -22,7 +22,7 @@ from clipshift_core import attention, attribution, concepts, detection, ground_t
 from clipshift_core.activations import Activations
 from clipshift_core.canvas import INK, PALETTE, WIDTH, canvas, data_uri, n_images, numbers, short
 from clipshift_core.dictionaries import Dictionaries, Learned, codes_of, heat_maps
-from clipshift_core.explore import Explorer
+from clipshift_core.explore import Explorer, live
 from clipshift_core.figures_attention import overlay
 from clipshift_core.splice import Splice, SpliceError, State
 
@@ -311,7 +311,7 @@ class ComponentExplorer(Explorer):
         )
         self.listed = ipywidgets.Select(rows=12, description="Latents", style=style, layout=layout)
         self.listing, self.asked_for = False, None
-        self.figure = go.FigureWidget(portrait(self.found, self.found.first))
+        self.figure = live(portrait(self.found, self.found.first))
         asked = [self.text, self.sort, *([self.which] if len(self.components) > 1 else [])]
         super().__init__([*asked, self.listed], [self.figure], watched=[*asked, self.listed])
 

@@ -89,28 +89,17 @@ def keep(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def under_way(running, new_page):
-    """The notebook of the explorers on few images, all its cells running; its run leaves nothing in runs/."""
+def explorers(running, new_page):
+    """The notebook of the explorers, run on few images; its run leaves nothing in runs/."""
     node = jupytext.read(ROOT / "notebooks" / "14_explorers.py", fmt="py:percent")
     parameters = next(cell for cell in node.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source = f"{ELSEWHERE}\n{parameters.source}\noverrides = {FEW}"
-    node.cells.append(nbformat.v4.new_code_cell("pathlib.Path('done').touch()"))
-    book = lab.Notebook(new_page(), running.address(lab.write(running.folder / "explorers.ipynb", node)))
-    book.run_all()
+    done = lab.write(running.folder / "explorers.ipynb", node)
+    book = lab.Notebook(new_page(), running.address("explorers.ipynb"))
+    book.run_all(done)
     return book
 
 
-@pytest.fixture(scope="module")
-def explorers(running, under_way, keep):
-    """The notebook of the explorers, run to its end."""
-    try:
-        lab.wait_until((running.folder / "done").exists, "the notebook of the explorers did not come to its end")
-    finally:
-        keep(under_way.page, "explorers")
-    return under_way
-
-
-@pytest.mark.usefixtures("under_way")  # it has a minute to pass
 def test_make_lab_opens_the_start_page(running, new_page, keep):
     page = new_page()
     page.goto(running.opened())
@@ -124,8 +113,9 @@ def test_make_lab_opens_the_start_page(running, new_page, keep):
 
 def test_a_toy_answers_says_what_went_wrong_and_is_heard(running, new_page, keep):
     node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (TOY.strip(), "Toy()")])
-    book = lab.Notebook(new_page(), running.address(lab.write(running.folder / "toy.ipynb", node)))
-    book.run_all()
+    done = lab.write(running.folder / "toy.ipynb", node)
+    book = lab.Notebook(new_page(), running.address("toy.ipynb"))
+    book.run_all(done)
     toy = book.explorer("Height")
     assert toy.said() == "bars: 3, grey, True"
     pictures = toy.seen()
@@ -148,7 +138,6 @@ def test_a_toy_answers_says_what_went_wrong_and_is_heard(running, new_page, keep
     book.page.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a focused dropdown's keys go to JupyterLab: arrows walk the cells, b adds one")
 def test_a_dropdown_keeps_its_keys(explorers):
     shift = explorers.explorer("Severity")
     chosen = []
