@@ -40,7 +40,7 @@ figures: setup ## run the demo and renew figures/ alone
 
 test: setup ## lint, unit tests, and every committed notebook run again and compared
 	@$(RUN) ruff check .
-	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile
+	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lab: setup ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb

@@ -44,6 +44,14 @@ def pytest_itemcollected(item):
         item.compare_outputs = functools.partial(_compare, item.compare_outputs)
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes goes first, else one worker has it alone at the end: the notebooks, then the whole series.
+
+    (xdist keeps this order with --no-loadscope-reorder alone.)
+    """
+    items.sort(key=lambda item: ".ipynb::" not in item.nodeid and "test_series.py::" not in item.nodeid)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A test file stays on one worker (--dist loadfile), and so do all notebooks together, because the later ones
