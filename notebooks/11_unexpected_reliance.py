@@ -124,7 +124,7 @@ if drawn:
     display(Markdown(
         f"{audit.name}: {known['causal'].sum()} of {len(known)} planted reliances raise their word when added alone; of these "
         f"{carried.drop_duplicates(['word', 'value']).shape[0]} have a latent whose deletion takes at least a fifth of the rise. "
-        f"The others are written by many latents, each in part, and no list of single latents can name them."
+        f"No single latent carries any of the others that far, so that no list of single latents can name them."
     ))
 
 # %%
