@@ -5,8 +5,11 @@ TORCH_BACKEND ?=
 PROFILE ?= demo
 SET ?=
 IMAGES ?=
+CAPTIONS ?=
+CLASSES ?=
 MODEL ?=
 FORCE ?=
+DRY ?=
 
 RUN := .venv/bin/python -m
 # Python keeps what it has compiled, whatever the user's environment says: else each of the many kernels compiles anew.
@@ -28,9 +31,10 @@ help: ## show this list
 setup: ## build .venv from requirements.lock [PYTHON=python3.12] [TORCH_BACKEND=cpu]
 	@PYTHON="$(PYTHON)" TORCH_BACKEND="$(TORCH_BACKEND)" sh setup.sh
 
-reproduce: setup ## run the notebooks [PROFILE=demo|paper|file.yaml] [SET="key=value ..."] [IMAGES=folder] [MODEL=name or folder] [FORCE=1]
-	@$(RUN) clipshift_core.reproduce --profile "$(PROFILE)" --images "$(IMAGES)" --model "$(MODEL)" \
-	    $(if $(FORCE),--force) --set $(SET)
+reproduce: setup ## run the notebooks [PROFILE=demo|paper|file.yaml] [SET="key=value ..."] [IMAGES=folder] [CAPTIONS=file.csv] [CLASSES=file.txt] [MODEL=name or folder] [FORCE=1] [DRY=1]
+	@$(RUN) clipshift_core.reproduce --profile "$(PROFILE)" --images "$(IMAGES)" --captions "$(CAPTIONS)" \
+	    --classes "$(CLASSES)" --model "$(MODEL)" \
+	    $(if $(FORCE),--force) $(if $(DRY),--dry) --set $(SET)
 
 refresh: setup ## run the demo and renew the committed notebooks and figures/
 	@$(RUN) clipshift_core.publish

@@ -6,8 +6,9 @@ them out: their fused kernels never form them. Attention is softmax(q k^T / sqrt
 (Vaswani et al. 2017).
 
 Read are OpenCLIP's own towers (transformers, CoCa's pooler, the pooling of its ResNets) and its timm towers with
-plain, rotary, grouped or EVA attention and latent pooling. Whatever else is refused by name: a module with a part that
-is not listed in `KNOWN_PARTS` could use it before the softmax, and its rows would then be wrong without a sign.
+plain, rotary, grouped, EVA or relative-position attention and latent pooling. Whatever else is refused by name: a
+module with a part that is not listed in `KNOWN_PARTS` could use it before the softmax, and its rows would then be
+wrong without a sign. `data/models/OPENCLIP.md` lists every model of OpenCLIP and what can be read of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ POOL = "pool"
 KNOWN_PARTS = {
     *("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "qkv", "q_proj", "k_proj", "q", "kv"),
     *("q_bias", "k_bias", "ln_q", "ln_k", "q_norm", "k_norm", "latent", "pos_embed", "positional_embedding"),
+    "rel_pos",
     # Used after the softmax only: they do not change a row.
     *("v_proj_weight", "v_proj", "v_bias", "attn_drop", "head_scale", "gate", "norm", "ln_inner", "mlp"),
     *("out_proj", "c_proj", "proj", "out_drop", "proj_drop"),
@@ -48,7 +50,9 @@ class _Tower:
     pool: str | None
     has_class_token: bool
     pooled_by: str
-    """What the embedding is read from: "token", "attention", or the library's word for another pooling."""
+    """What the embedding is read from: "token", "attention", "avg", or the library's word for another pooling."""
+    n_skipped: int = 1
+    """First tokens that are not in the mean, in a tower pooled by "avg"."""
 
 
 class _Found(dict):
@@ -69,7 +73,8 @@ def captured_attention(
 
     blocks: numbers from 0, negative ones from the end, or "pool" for the tower's attentional pooling.
     rows "cls": (image, head, token), the class token's row (no matrix is formed). For "pool", and for the *last* block
-        of a tower that pools by attention, the row of the pooling's (first) query: what its embedding is read by.
+        of a tower that pools by attention, the row of the pooling's (first) query: what its embedding is read by. In a
+        tower that averages its patches, the mean of their rows, in every block.
     rows "all": (image, head, query, token), one row a token, or a query of the pooling.
     Tokens in the tower's order: class token, registers, then patches, row by row. A ResNet's pooling has its mean
     token first. Float32, on the tower's device, without gradients; each row sums to 1.
@@ -89,10 +94,13 @@ def captured_attention(
 
 def attach(visual: nn.Module, block: int | str, rows: str, keep: Callable[[Rows | Matrix], None]) -> RemovableHandle:
     """Call `keep` with the rows of one block at every forward, as `captured_attention` has them, until removed."""
-    path = _path(visual, _tower(visual), block, rows)
+    tower = _tower(visual)
+    path = _path(visual, tower, block, rows)
     module = visual.get_submodule(path)
     _check(module, path)
-    hook = partial(_keep, keep, path, rows == "cls")
+    averages = tower.pooled_by == "avg" and path != tower.pool
+    read = slice(tower.n_skipped, None) if averages else slice(0, 1)
+    hook = partial(_keep, keep, path, None if rows == "all" else read)
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -184,7 +192,9 @@ def _tower(visual: nn.Module) -> _Tower:
         trunk = visual.trunk
         pool = "trunk.attn_pool" if getattr(trunk, "attn_pool", None) is not None else None
         pooled_by = "attention" if pool else getattr(trunk, "global_pool", "")
-        return _Tower(blocks, pool, getattr(trunk, "cls_token", None) is not None, pooled_by)
+        n_skipped = 0 if getattr(trunk, "pool_include_prefix", False) else getattr(trunk, "num_prefix_tokens", 0)
+        has_class_token = getattr(trunk, "cls_token", None) is not None
+        return _Tower(blocks, pool, has_class_token, pooled_by, n_skipped)
 
     raise AttentionError(
         f"visual ({kind}): found none of class_embedding, trunk, attnpool; wanted a vision tower, as in model.visual"
@@ -217,10 +227,12 @@ def _path(visual: nn.Module, tower: _Tower, block: int | str, rows: str) -> str:
         if rows == "all":
             raise AttentionError(f"{name}: found no blocks; accepted: {POOL!r}")
         return tower.pool
-    if rows == "cls" and not tower.has_class_token:
+    if rows == "all" or tower.pooled_by == "avg":
+        return tower.blocks[block]
+    if not tower.has_class_token:
         accepted = "the last block (its pooling), or rows='all'" if tower.pool else "rows='all'"
         raise AttentionError(f"{name}: found no class token for the row of block {block}; accepted: {accepted}")
-    if rows == "cls" and block in (-1, n - 1) and tower.pooled_by != "token":
+    if block in (-1, n - 1) and tower.pooled_by != "token":
         raise AttentionError(
             f"{name}: pools by {tower.pooled_by!r}, so the class token's last row does not reach the embedding; "
             "accepted: an earlier block, or rows='all'"
@@ -233,7 +245,8 @@ def _check(module: nn.Module, path: str) -> None:
     parts = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     parts |= {name for name, child in module.named_children() if not isinstance(child, nn.Identity)}
     where = f"visual.{path} ({type(module).__name__})"
-    if unknown := sorted(parts - KNOWN_PARTS):
+    known = KNOWN_PARTS if hasattr(getattr(module, "rel_pos", None), "get_bias") else KNOWN_PARTS - {"rel_pos"}
+    if unknown := sorted(parts - known):
         raise AttentionError(f"{where}: its part {unknown[0]} is not one that can be read")
     if not hasattr(module, "num_heads"):
         raise AttentionError(f"{where}: found no num_heads")
@@ -274,14 +287,15 @@ def _projections(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tens
     return weights[0].float(), float_biases[0], weights[1].float(), float_biases[1]
 
 
-def _keep(keep: Callable, path: str, first_only: bool, module: nn.Module, args: tuple, kwargs: dict):
-    """The hook: compute the rows from the module's input and hand them to `keep`."""
+def _keep(keep: Callable, path: str, read: slice | None, module: nn.Module, args: tuple, kwargs: dict):
+    """The hook: compute the rows from the module's input and hand them, or the mean of those in `read`, to `keep`."""
     if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
         raise AttentionError(f"visual.{path}: was called with a mask; only attention over all tokens can be read")
     with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
         query, key = _inputs(module, args)
-        matrix = _matrix(module, query[:, :1] if first_only else query, key, kwargs.get("rope"))
-        keep(matrix[:, :, 0] if first_only else matrix)
+        first_alone = read == slice(0, 1)
+        matrix = _matrix(module, query[:, :1] if first_alone else query, key, kwargs)
+        keep(matrix if read is None else matrix[:, :, read].mean(2))
 
 
 def _inputs(
@@ -299,8 +313,13 @@ def _inputs(
     return x, args[1].float() if len(args) > 1 else x
 
 
-def _matrix(module: nn.Module, query: Tensor, key: Tensor, rope: Tensor | None) -> Matrix:
-    """softmax(q k^T / sqrt(d)) over the tokens of `key`, one row for each token of `query`."""
+def _matrix(module: nn.Module, query: Tensor, key: Tensor, call: dict) -> Matrix:
+    """softmax(q k^T / sqrt(d)) over the tokens of `key`, one row for each token of `query`, which are its first ones.
+
+    call: what else the module was called with: a rotary position embedding, or a bias that the blocks share.
+    """
+    rope, own_bias = call.get("rope"), getattr(module, "rel_pos", None)
+    bias = call.get("shared_rel_pos") if own_bias is None else own_bias.get_bias()
     q_weight, q_bias, k_weight, k_bias = _projections(module)
     heads = module.num_heads
     width = len(q_weight) // heads
@@ -310,7 +329,8 @@ def _matrix(module: nn.Module, query: Tensor, key: Tensor, rope: Tensor | None) 
     )
     q = F.linear(query, q_weight, q_bias).unflatten(-1, (-1, width)).transpose(1, 2)
     q = _normed(q_norm, q) / width**0.5
-    if query.shape[1] == 1 and rope is None and isinstance(k_norm, nn.Identity) and len(k_weight) == len(q_weight):
+    plain = rope is None and bias is None and isinstance(k_norm, nn.Identity)
+    if query.shape[1] == 1 and plain and len(k_weight) == len(q_weight):
         # q (W x + b) = (q W) x + q b, and the same q b for every token leaves the softmax unchanged: one row costs
         # one product a head instead of a key a token.
         folded = torch.einsum("ihqd,hdw->ihqw", q, k_weight.unflatten(0, (heads, width)))
@@ -321,7 +341,8 @@ def _matrix(module: nn.Module, query: Tensor, key: Tensor, rope: Tensor | None) 
         q, k = (_rotated(part, rope, module) for part in (q, k))
     if k.shape[1] != heads:  # grouped queries: consecutive heads share a key
         k = k.repeat_interleave(heads // k.shape[1], 1)
-    return (q @ k.transpose(-2, -1)).softmax(-1)
+    scores = q @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias[:, :, : q.shape[2]].float()).softmax(-1)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

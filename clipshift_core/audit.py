@@ -21,7 +21,7 @@ from clipshift_core import attribution, causal, concepts, evidence, exam, relian
 from clipshift_core.activations import Source
 from clipshift_core.attribution import METHODS
 from clipshift_core.dictionaries import LEAST, Asked, Dictionaries, Learned, Probe, read
-from clipshift_core.profiles import ROOT, named
+from clipshift_core.profiles import ROOT
 from clipshift_core.splice import Splice, State
 from clipshift_core.workbench import Workbench
 
@@ -52,8 +52,7 @@ class Audit:
         """The same of the profile's other models, as far as it names dictionaries for them."""
         profile, found = bench.profile, []
         for name, folder in zip(profile.models, profile.sae_others, strict=False):
-            model, tag = named(name)
-            changed = {"model": model, "pretrained": tag, "sae": None, "sae_patches": None, "sae_reference": folder}
+            changed = {"model": name, "sae": None, "sae_patches": None, "sae_reference": folder}
             found.append(cls(Dictionaries(bench.changed(changed))))
         return found
 
@@ -69,7 +68,7 @@ class Audit:
         if found.bench.profile.sae_reference is None and found.not_shifted:
             return found.not_shifted
         n = len(found.probe.images)
-        return f"{n} images are too few to audit (at least {LEAST})" if n < LEAST else ""
+        return f"too few images to audit ({n}, of at least {LEAST})" if n < LEAST else ""
 
     @cached_property
     def learned(self) -> Learned:
@@ -135,19 +134,18 @@ class Audit:
     def labels(self) -> pd.DataFrame:
         """A row a latent: its best word and the rest of `vocabulary.labels`."""
         words, labeller = self.dictionaries.vocabulary[0], self.dictionaries.labeller
-        return vocabulary.labels(self.means, vocabulary.directions(words, labeller), words)
+        return vocabulary.labels(self.means, self.dictionaries.bench.directions(words, labeller), words)
 
     @cached_property
     def alignment(self) -> Float[Tensor, "class latent"]:
         """Cosine of each latent's examples with each class's text, minus that with the empty text."""
         found = self.dictionaries
-        words = found.vocabulary[0]
-        directions = vocabulary.directions(words, found.labeller)
+        directions = found.bench.directions(found.vocabulary[0], found.labeller)
         if found.drawn:
             _, phrases, templates = exam.TASKS["word"]
             texts = found.labeller.classifier(phrases, templates)
         else:
-            texts = directions.texts[words.words.reset_index().set_index("word").loc[self.asked.words, "index"].values]
+            texts = found.bench.directions(found.words, found.labeller).texts
         unit = F.normalize(self.means, dim=1)
         return (unit @ texts.T - (unit @ directions.empty)[:, None]).T
 

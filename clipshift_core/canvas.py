@@ -30,6 +30,8 @@ import plotly.io as pio
 from choreographer.browsers.chromium import Chromium
 from PIL import Image, ImageFile, PngImagePlugin
 
+from clipshift_core.files import write
+
 WIDTH = 960
 """Width of every figure in CSS pixels: what a README shows without shrinking the text below 12 px."""
 
@@ -185,6 +187,11 @@ def numbers(values: Iterable[float]) -> list[float | None]:
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in map(float, values)]
 
 
+def plain(text: str) -> str:
+    """A user's text for a figure: plotly would obey the tags in it."""
+    return html.escape(text, quote=False)
+
+
 def short(value: float) -> str:
     """A number for a label: 3 significant digits, trailing zeros kept, so that a column of them lines up.
 
@@ -329,7 +336,6 @@ def export(
     if missing:
         raise ValueError(f"figure {name}: the provenance lacks {', '.join(missing)}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     title = figure.layout.title.text or name
     files = {f"{name}.html": _page(figure, name, title, alt).encode()}
     if browser():
@@ -345,10 +351,8 @@ def export(
     }
     files[f"{name}.json"] = (json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n").encode()
     if not browser():
-        # a picture of an earlier run would contradict the page beside it
-        (directory / f"{name}.png").unlink(missing_ok=True)
-    for file, content in files.items():
-        (directory / file).write_bytes(content)
+        (directory / f"{name}.png").unlink(missing_ok=True)  # an earlier run's would contradict the page beside it
+    write({directory / file: content for file, content in files.items()})
     _share_plotlyjs(directory)
     return [directory / file for file in files]
 

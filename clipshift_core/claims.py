@@ -36,7 +36,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial.distance import squareform
 
-from clipshift_core import profiles, stats
+from clipshift_core import files, profiles, stats
 from clipshift_core.profiles import Profile
 from clipshift_core.stats import Interval, Statistic
 
@@ -190,10 +190,8 @@ def caveat(profile: Profile) -> str:
         drawn = profile.source_path.resolve().is_relative_to((profiles.ROOT / "data" / "samples").resolve())
         shown = "drawn scenes" if drawn else f"those of {profile.source}"
         departures.append(f"images are {shown}, not Conceptual Captions")
-    if (profile.model, profile.pretrained) != (paper.model, paper.pretrained):
-        name = (
-            profile.model_dir.name if profile.model_dir else " ".join(filter(None, (profile.model, profile.pretrained)))
-        )
+    if profile.model != paper.model:
+        name = profile.model_dir.name if profile.model_dir else profile.model
         departures.append(f"model is {name}, not OpenAI's ViT-B/32")
     if not departures:
         return ""
@@ -202,20 +200,27 @@ def caveat(profile: Profile) -> str:
     )
 
 
+def left_out(criteria: Sequence[Criterion], reason: str, *, notebook: str) -> list[Claim]:
+    """The rows of claims that this run cannot test at all, each with the reason in place of its statistic."""
+    nan = float("nan")
+    return [
+        Claim(each.claim, each.statement, f"Left out: {reason}", nan, nan, nan, 0, "not testable here", notebook)
+        for each in criteria
+    ]
+
+
 def record(path: Path, rows: Sequence[Claim]) -> pd.DataFrame:
-    """Put the rows into the ledger, in place of those of the same claim, and return them as a table.
+    """Put the rows of a notebook into the ledger, in place of all its earlier ones, and return them as a table.
 
     The file is written to the side and renamed, so that a kill leaves the old ledger or the new one.
     """
     new, old = table(rows), read(path)
     if new["claim"].duplicated().any():
         raise ValueError(f"{path}: claim {new['claim'][new['claim'].duplicated()].iloc[0]} is given twice")
-    kept = old[~old["claim"].isin(new["claim"])]
+    kept = old[~(old["claim"].isin(new["claim"]) | old["notebook"].isin(new["notebook"]))]
     records = sorted([*kept.to_dict("records"), *new.to_dict("records")], key=lambda row: row["claim"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    pd.DataFrame(records, columns=COLUMNS).to_csv(aside, index=False, float_format="%.9g")
-    aside.replace(path)
+    text = pd.DataFrame(records, columns=COLUMNS).to_csv(index=False, float_format="%.9g")
+    files.write({path: text.encode()})
     return new
 
 

@@ -30,7 +30,7 @@ Before they were decided here, the statistics of B3 and the gaps of B4a and B4c 
 images of the world; they were stated before, but for B4a's and B4c's gaps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,14 +39,14 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike, NDArray
 
 from clipshift_core import lesion_study, probes, stats
-from clipshift_core.claims import Claim, Criterion
+from clipshift_core.claims import Claim, Criterion, left_out
 from clipshift_core.faithfulness import Curves
 from clipshift_core.stats import Interval, Statistic
 
 KINDS = (("co-occurrence", "artefact"), ("polysemy",), ("compound",), ("typography",))
 """The paper's four kinds of unexpected reliance, by the kinds of `scenes.PLANTED`."""
 
-_FAITHFUL = (
+FAITHFUL = (
     Criterion(
         "B1a",
         "Act x grad is more faithful than logit lens (deletion)",
@@ -66,6 +66,10 @@ _FAITHFUL = (
         bound=0.95,
     ),
 )
+EARLIER = tuple(
+    replace(criterion, claim=f"B1{letter}", statement=f"{criterion.statement}; patches at an earlier block")
+    for criterion, letter in zip(FAITHFUL, "def", strict=True)
+)
 
 
 def faithfulness(
@@ -74,12 +78,11 @@ def faithfulness(
     notebook: str,
     n_resamples: int,
     seed: int,
-    letters: str = "abc",
-    where: str = "",
+    criteria: Sequence[Criterion] = FAITHFUL,
 ) -> list[Claim]:
     """The rows of B1 from the normalised curves of the methods of `attribution`.
 
-    letters, where: of a dictionary at another place, such as "def" and "patches after block 3".
+    criteria: FAITHFUL, or EARLIER for a dictionary of the patches' tokens at an earlier block.
     """
     deletion, insertion = (dict(zip(found.methods, areas, strict=True)) for areas in found.areas.values())
     n, settings = len(deletion["act_x_grad"]), {"n_resamples": n_resamples, "seed": seed}
@@ -94,10 +97,8 @@ def faithfulness(
         lead,
     )
     rows = []
-    for letter, criterion, statistic in zip(letters, _FAITHFUL, statistics, strict=True):
-        statement = f"{criterion.statement}; {where}" if where else criterion.statement
-        here = replace(criterion, claim=f"B1{letter}", statement=statement)
-        rows.append(here.decide(stats.bootstrap(statistic, n, **settings), n, notebook))
+    for criterion, statistic in zip(criteria, statistics, strict=True):
+        rows.append(criterion.decide(stats.bootstrap(statistic, n, **settings), n, notebook))
     return rows
 
 
@@ -149,6 +150,9 @@ _MORE_THAN_TEXT = Criterion(
     "Share called malignant with minus without a planted artefact that says nothing: probe minus text",
     bound=0,
 )
+RELIANCES = (_RELIED_ON, _FOUR_KINDS)
+PROBES = (_ROBUST, _LEANS, _AMBIGUOUS)
+LESIONS = (_SHORTCUT, _AMPLIFIES, _MORE_THAN_TEXT)
 
 
 def reliances(
@@ -162,13 +166,12 @@ def reliances(
     """
     bounds = ("attribution", "low", "high")
     shares = [found.loc[found[bound] >= threshold, "latent"].nunique() / n_latents for bound in bounds]
-    kinds = [np.nan] * 3
-    if ranks is not None:
-        kinds = [sum(ranks.loc[ranks[b] >= threshold, "kind"].isin(kind).any() for kind in KINDS) for b in bounds]
-    return [
-        criterion.decide(Interval(*map(float, values)), n_images, notebook)
-        for criterion, values in ((_RELIED_ON, shares), (_FOUR_KINDS, kinds))
-    ]
+    row = _RELIED_ON.decide(Interval(*map(float, shares)), n_images, notebook)
+    if ranks is None:
+        reason = "what was planted is known for drawn scenes only"
+        return [row, *left_out([_FOUR_KINDS], reason, notebook=notebook)]
+    kinds = [sum(ranks.loc[ranks[b] >= threshold, "kind"].isin(kind).any() for kind in KINDS) for b in bounds]
+    return [row, _FOUR_KINDS.decide(Interval(*map(float, kinds)), n_images, notebook)]
 
 
 def probes_against_text(

@@ -14,14 +14,26 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipshift_core import activations, concepts, exam, sae_formats, sae_quality, sae_train, scenes, store, vocabulary
+from clipshift_core import (
+    activations,
+    attention,
+    concepts,
+    exam,
+    sae_formats,
+    sae_quality,
+    sae_train,
+    scenes,
+    store,
+    vocabulary,
+)
 from clipshift_core.activations import Activations, Origin, Source
 from clipshift_core.encoder import Encoder
-from clipshift_core.profiles import ROOT, ProfileError, named
+from clipshift_core.profiles import ROOT, ProfileError
 from clipshift_core.progress import note
 from clipshift_core.sae import SaeError, TopK
 from clipshift_core.sae_kernels import Codes
 from clipshift_core.splice import Splice, State
+from clipshift_core.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from clipshift_core.workbench import Workbench
@@ -69,18 +81,27 @@ class Asked(NamedTuple):
 
 
 def learn(
-    held: Activations, *, n_latents: int, k: int, n_epochs: int, seed: int, folder: Path, checkpoint: Path
+    held: Activations,
+    *,
+    n_latents: int,
+    k: int,
+    n_epochs: int,
+    seed: int,
+    folder: Path,
+    checkpoint: Path,
+    device: torch.device | str = "cpu",
 ) -> Learned:
     """Train a `TopK` on stored activations and save it to `folder` with its history; read it there if it is complete.
 
-    A checkpoint lets a killed training go on. Raises SaeError for a folder that holds another dictionary.
+    device: where it is trained; it comes back on the CPU. A checkpoint lets a killed training go on. Raises SaeError
+    for a folder that holds another dictionary.
     """
     seen = sae_train.statistics(held.in_order())
     batch_size = min(max(held.n_rows // BATCHES, SMALLEST_BATCH), LARGEST_BATCH, held.n_rows)
     recipe = sae_train.Recipe(n_steps=n_epochs * (held.n_rows // batch_size))
     made = asdict(recipe) | {"n_epochs": n_epochs, "batch_size": batch_size, "seed": seed}
     if not (folder / "sae.json").exists():
-        sae = TopK(held.width, n_latents, k, seed=seed)
+        sae = TopK(held.width, n_latents, k, seed=seed).to(device)
         data = json.dumps([held.origin.data, batch_size, seed])
         history = sae_train.train(
             sae,
@@ -128,11 +149,13 @@ class Dictionaries:
     @property
     def left_out(self) -> str:
         """Why nothing can be learned from the run's images; empty where something can."""
-        n = len(self.bench.manifest.images)
-        if not self.bench.encoder.n_blocks:
-            return f"the blocks of {self.bench.encoder.name} cannot be read"
+        n, encoder, profile = len(self.bench.manifest.images), self.bench.encoder, self.bench.profile
+        if not encoder.n_blocks:
+            return f"the blocks of {encoder.name} cannot be read"
+        if profile.sae_token == "class" and not attention.has_class_token(encoder.model.visual):
+            return f"{encoder.name} has no class token (the key `sae_token` takes spatial, too)"
         return (
-            "" if self.drawn or n >= LEAST else f"{n} images are too few to learn a dictionary from (at least {LEAST})"
+            "" if self.drawn or n >= LEAST else f"too few images to learn a dictionary from ({n}, of at least {LEAST})"
         )
 
     @property
@@ -164,15 +187,11 @@ class Dictionaries:
     @cached_property
     def labeller(self) -> Encoder:
         """The model that labels: the profile's, or the one that is looked into."""
-        profile = self.bench.profile
-        if profile.labeller is None:
-            return self.bench.encoder
-        model, tag = named(profile.labeller)
-        model = str(ROOT / model) if (ROOT / model).is_dir() else model
-        return Encoder.load(model, tag, device=profile.device, precision=profile.precision)
+        name = self.bench.profile.labeller
+        return self.bench.encoder if name is None else self.bench.load(name)
 
     @cached_property
-    def vocabulary(self) -> tuple[vocabulary.Vocabulary, pd.DataFrame]:
+    def vocabulary(self) -> tuple[Vocabulary, pd.DataFrame]:
         """The words that the labeller can read, and those it cannot (word, phrase, reason)."""
         name = self.bench.profile.vocabulary
         made = {"world": vocabulary.of_world, "imagenet": vocabulary.imagenet}.get(name)
@@ -192,8 +211,15 @@ class Dictionaries:
         """Scores and labels of latents by their examples in the probe."""
         words, labeller = self.vocabulary[0], self.labeller
         mean = concepts.mean_embedding(self.label_embeddings, found.image[:, : concepts.SHOWN])
-        labels = vocabulary.labels(mean, vocabulary.directions(words, labeller), words)
+        labels = vocabulary.labels(mean, self.bench.directions(words, labeller), words)
         return concepts.describe(found, self.label_embeddings).merge(labels, on="latent")
+
+    @cached_property
+    def words(self) -> Vocabulary:
+        """What images of unknown content are asked for: the profile's classes, or else the vocabulary."""
+        if self.bench.classes is not None:
+            return vocabulary.readable(self.bench.classes, self.labeller)[0]
+        return vocabulary.readable(self.vocabulary[0], self.bench.encoder)[0]
 
     def asked(self, images: pd.DataFrame, embeddings: Float[Tensor, "image dim"]) -> Asked:
         """What is asked of each image: its own word where that is known, else the word that the model gives it."""
@@ -201,16 +227,14 @@ class Dictionaries:
             words, phrases, templates = exam.TASKS["word"]
             truth = torch.tensor(pd.Categorical(images["word"], categories=words).codes).long()
             return Asked(list(words), self.bench.encoder.classifier(phrases, templates), truth)
-        words, _ = vocabulary.readable(self.vocabulary[0], self.bench.encoder)
-        texts = vocabulary.directions(words, self.bench.encoder).texts
-        return Asked(list(words.words["word"]), texts, (embeddings @ texts.T).argmax(1))
+        texts = self.bench.directions(self.words, self.bench.encoder).texts
+        return Asked(list(self.words.words["word"]), texts, (embeddings @ texts.T).argmax(1))
 
     def tasks(self) -> dict[str, sae_quality.Task]:
         """The world's zero-shot tasks for drawn scenes; the words of the vocabulary, of unknown truth, for others."""
         encoder, table, found = self.bench.encoder, self.probe.images, {}
         if not self.drawn:
-            words, _ = vocabulary.readable(self.vocabulary[0], encoder)
-            return {"label": sae_quality.Task(vocabulary.directions(words, encoder).texts, None)}
+            return {"label": sae_quality.Task(self.bench.directions(self.words, encoder).texts, None)}
         for task, (values, phrases, templates) in exam.TASKS.items():
             truth = torch.tensor(pd.Categorical(table[task], categories=values).codes).long()
             found[task] = sae_quality.Task(encoder.classifier(phrases, templates), truth)
@@ -234,7 +258,7 @@ class Dictionaries:
         folder = self.arrays / f"sae-{store.digest(key)[:12]}"
         return learn(
             self.seen, n_latents=profile.sae_latents, k=profile.sae_k, n_epochs=profile.sae_epochs, seed=profile.seed,
-            folder=folder, checkpoint=folder.with_suffix(".safetensors"),
+            folder=folder, checkpoint=folder.with_suffix(".safetensors"), device=self.bench.encoder.device,
         )  # fmt: skip
 
     @cached_property
@@ -292,7 +316,15 @@ class Dictionaries:
 
     def spliced(self, learned: Learned) -> Splice:
         """A dictionary in the forward pass of the run's model, at its own place."""
-        return Splice(self.bench.encoder, learned.sae, learned.origin.layer, learned.origin.token)
+        return Splice(self.behind, learned.sae, learned.origin.layer, learned.origin.token)
+
+    @cached_property
+    def behind(self) -> Encoder:
+        """The model where dictionaries are spliced into it: on the CPU, since little of it follows a late block."""
+        encoder = self.bench.encoder
+        if encoder.device.type == "cpu":
+            return encoder
+        return self.bench.load(self.bench.profile.model, device="cpu", precision="fp32")
 
     def states(self, spliced: Splice, source: Source, batch_size: int = 64) -> Iterator[State]:
         """A source's images at the splice, batch by batch; from stored activations where those are all that is read."""
@@ -300,9 +332,11 @@ class Dictionaries:
             for rows in self.activations(source, spliced.layer, spliced.token).in_order():
                 yield spliced.from_activations(rows)
             return
+        point = f"residual.{spliced.layer}"
         for start in range(0, len(source.ids), batch_size):
             numbers = range(start, min(start + batch_size, len(source.ids)))
-            yield spliced.read(np.stack([source.read(i) for i in numbers]))
+            found = self.bench.encoder.encode(np.stack([source.read(i) for i in numbers]), capture=[point])
+            yield spliced.state_of(found.captured[point])
 
     def activations(self, source: Source, layer: int | None = None, token: str | None = None) -> Activations:
         """Of any images, at the place that the profile names or at another one."""

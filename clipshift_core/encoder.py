@@ -3,23 +3,19 @@
 OpenCLIP only logs a line when it keeps random weights or stretches a position embedding; here both are errors.
 """
 
-import difflib
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import attention, hooks
+from . import attention, checkpoints, hooks
+from .checkpoints import EncoderError, first_lines
 from .fastpath import FastVision, NotFast, check_views, shift_error
 
 PRECISIONS = ("auto", "fp32", "mixed")
@@ -30,10 +26,6 @@ FAST_TOLERANCE = 1e-4
 
 Vision = Callable[..., tuple[Float[Tensor, "image dim"], dict[str, Tensor]]]
 """(pixels uint8 (image, size, size, 3), points) -> embeddings and what was captured."""
-
-
-class EncoderError(Exception):
-    """A model that cannot be loaded or used as asked: the value, and what would be accepted."""
 
 
 @dataclass(frozen=True)
@@ -95,34 +87,34 @@ class Encoder:
 
     @classmethod
     def load(cls, model: str, pretrained: str | None = None, *, device: str = "auto", precision: str = "auto"):
-        """A model by local folder (open_clip_config.json and weights), "hf-hub:...", or OpenCLIP name and tag.
+        """A model by local folder (open_clip_config.json and weights), "hf-hub:owner/model", or OpenCLIP's name.
 
-        `pretrained`: OpenCLIP's tag, or a local weights file, for an OpenCLIP name only.
+        `pretrained`: with OpenCLIP's name only, its tag or a weights file (`checkpoints.SUFFIXES`).
         `precision`: "fp32"; "mixed" (bfloat16 products, float32 residual stream); "auto" is fp32 on a CPU and
         on CUDA mixed where that passes the check `MAX_SHIFT_ERROR`. Raises EncoderError; never random weights.
         """
         if precision not in PRECISIONS:
             raise EncoderError(f"precision {precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
         place = _device(device)
-        source, name, weights = _resolve(str(model), pretrained)
-        try:
-            loaded = open_clip.create_model(
-                source,
-                pretrained,
-                device=place,
-                force_quick_gelu=_wants_quick_gelu(source, pretrained),
-                pretrained_text=False,
-                require_pretrained=True,
-                weights_only=True,
-            )
-        # A broken config or weights file may raise anything in there; all of it ends in the one line.
-        except Exception as error:
-            raise EncoderError(f"{name}: cannot be loaded by OpenCLIP: {_first_lines(error)}") from error
+        source = checkpoints.find(str(model), pretrained)
+        with checkpoints.reach(source.name, source.needs_hub):
+            weights = checkpoints.weights_of(source)
+            shapes = checkpoints.shapes_in(source.name, weights) if weights is not None else {}
+            with checkpoints.mapped(weights):
+                loaded = open_clip.create_model(
+                    source.model,
+                    source.pretrained,
+                    device=place,
+                    pretrained_text=False,
+                    require_pretrained=True,
+                    weights_only=True,
+                    **checkpoints.options(source),
+                )
         loaded.eval().requires_grad_(False)
         if weights is not None:
-            _refuse_stretched(name, weights, loaded)
-        digest = _file_hash(weights) if weights is not None else _tensor_hash(loaded)
-        return cls(loaded, source, name=name, weights_hash=digest, precision=precision)
+            checkpoints.refuse_stretched(source.name, weights, shapes, loaded)
+        digest = checkpoints.file_hash(weights) if weights is not None else checkpoints.tensor_hash(loaded)
+        return cls(loaded, source.model, name=source.name, weights_hash=digest, precision=precision)
 
     def encode(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray, capture: Sequence[str] = ()) -> Encoded:
         """Embeddings of RGB squares of any one size, in one pass. `capture`: points named in `hooks`.
@@ -159,7 +151,8 @@ class Encoder:
         for start in range(0, len(texts), 256):
             part = slice(start, start + 256)
             with torch.no_grad():
-                found[part] = self.model.encode_text(self.tokenizer(texts[part]).to(self.device)).cpu()
+                tokens = self.tokenizer(texts[part]).to(self.device)
+                found[part] = self.model.encode_text(tokens, normalize=False).cpu()
         return found
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "name dim"]:
@@ -177,10 +170,9 @@ class Encoder:
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """OpenCLIP's tokenizer of this model, loaded on first use (images alone need none)."""
         if self._tokenizer is None:
-            try:
+            needs_hub = checkpoints.needs_hub_for_texts(self._source)
+            with checkpoints.reach(self.name, needs_hub, "its tokenizer "):
                 self._tokenizer = open_clip.get_tokenizer(self._source)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                raise EncoderError(f"{self.name}: its tokenizer cannot be loaded: {_first_lines(error)}") from error
         return self._tokenizer
 
     def _pixels(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray) -> UInt8[Tensor, "image size size 3"]:
@@ -223,7 +215,8 @@ class Encoder:
             torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
             hooks.captured(self.model.visual, tuple(points or ())) as found,
         ):
-            return self.model.encode_image(self._normalised(pixels)).float(), found
+            # CoCa's would be divided by their length by default, those of the others not.
+            return self.model.encode_image(self._normalised(pixels), normalize=False).float(), found
 
     def _fast_or_plain(self, pixels: Tensor, reference: Tensor) -> tuple[Vision, str]:
         """The fast path in fp32 if it gives `reference` for `pixels`, else the plain one and why."""
@@ -237,7 +230,7 @@ class Encoder:
                 return self._plain, f"plain: {unknown}"
             # The private operations are gone, or take other arguments, in some torch: the next attempt has none.
             except (AttributeError, RuntimeError, TypeError) as error:
-                reason = _first_lines(error)
+                reason = first_lines(error)
                 continue
             if difference <= FAST_TOLERANCE:
                 self._packed = attempt
@@ -291,89 +284,3 @@ def _device(device: str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise EncoderError(f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
     return place
-
-
-def _resolve(model: str, pretrained: str | None) -> tuple[str, str, Path | None]:
-    """What OpenCLIP is to be asked for, the name for reports, and the weights file where there is only one."""
-    if model.startswith("hf-hub:"):
-        _refuse_tag(model, pretrained)
-        return model, model, None
-    folder = Path(model.removeprefix("local-dir:"))
-    names = open_clip.list_models()
-    if model.replace("/", "-") in names:
-        return (
-            model,
-            f"{model}/{_known_tag(model, pretrained)}",
-            Path(pretrained) if os.path.isfile(pretrained) else None,
-        )
-    if folder.is_dir():
-        _refuse_tag(model, pretrained)
-        if not (folder / "open_clip_config.json").is_file():
-            raise EncoderError(f"{folder}: has no open_clip_config.json; a folder saved for OpenCLIP is wanted")
-        weights = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".pth")]
-        if not weights:
-            raise EncoderError(f"{folder}: has no weights; open_clip_model.safetensors is wanted beside its config")
-        return f"local-dir:{folder}", folder.resolve().name, weights[0] if len(weights) == 1 else None
-    if model.startswith("local-dir:") or "/" in model or os.sep in model or model.startswith("."):
-        raise EncoderError(f"{folder}: no such folder; a folder with open_clip_config.json and weights is wanted")
-    near = ", ".join(difflib.get_close_matches(model, names, n=3, cutoff=0.3)) or "open_clip.list_models()"
-    raise EncoderError(f"model {model!r} is neither a folder nor known to OpenCLIP; nearest names: {near}")
-
-
-def _refuse_tag(model: str, pretrained: str | None) -> None:
-    if pretrained is not None:
-        raise EncoderError(f"pretrained {pretrained!r} with {model}: it brings its own weights; leave pretrained empty")
-
-
-def _known_tag(model: str, pretrained: str | None) -> str:
-    """The tag or file name of the weights; an error if OpenCLIP would keep random ones."""
-    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
-    accepted = f"{', '.join(tags)}, or a weights file" if tags else "a weights file"
-    if pretrained is None:
-        raise EncoderError(f"model {model!r} without pretrained would have random weights; accepted: {accepted}")
-    if os.path.isfile(pretrained):
-        return Path(pretrained).name
-    if pretrained not in tags:
-        raise EncoderError(f"pretrained {pretrained!r} is unknown for {model}; accepted: {accepted}")
-    return pretrained
-
-
-def _wants_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether the tag's weights were trained with QuickGELU: OpenCLIP would only warn and run GELU instead."""
-    settings = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else {}
-    return bool(settings.get("quick_gelu"))
-
-
-def _refuse_stretched(name: str, weights: Path, model: nn.Module) -> None:
-    """OpenCLIP interpolates position embeddings of another size in silence: an error here."""
-    if weights.suffix != ".safetensors":
-        return
-    state = model.state_dict()
-    with safe_open(weights, "pt") as stored:
-        for key in set(stored.keys()) & set(state):
-            there, here = stored.get_slice(key).get_shape(), state[key].shape
-            if np.prod(there) != here.numel():
-                raise EncoderError(
-                    f"{name}: {key} is {list(there)} in {weights.name}, but {list(here)} by the config (image_size, "
-                    "patch_size or context_length differ); a config that matches the weights is wanted"
-                )
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tensor_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape and float32 bytes of every tensor, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.float().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def _first_lines(error: BaseException) -> str:
-    """What an error says, in one line: torch lists a hundred mismatched tensors under a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__

@@ -170,7 +170,8 @@ class ShiftExplorer(Explorer):
 
     def __init__(self, dictionaries: Dictionaries):
         self.viewer = Viewer(dictionaries)
-        self._options = _options(dictionaries.bench.manifest.images.head(OFFERED))
+        offered = dictionaries.bench.manifest.images["image_id"].head(OFFERED)
+        self._options = _options(dictionaries.bench.titles[offered])
         style = {"style": {"description_width": "108px"}, "layout": {"width": "290px"}}
         self.image = ipywidgets.Dropdown(options=self._options, description="Image", **style)
         self.upload = ipywidgets.FileUpload(
@@ -285,7 +286,6 @@ def _named(look: Look) -> str:
     return f"{LABELS[look.augmentation]} at severity {look.severity:.1f}"
 
 
-def _options(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Label and image id of a run's images."""
-    captions = table.get("caption", pd.Series("", table.index)).fillna("").astype(str)
-    return [(f"{name}: {text}" if text else name, name) for name, text in zip(table["image_id"], captions, strict=True)]
+def _options(titles: pd.Series) -> list[tuple[str, str]]:
+    """Label and image id of images, from their titles by image id."""
+    return [(name if text == name else f"{name}: {text}", name) for name, text in titles.items()]

@@ -139,14 +139,12 @@ def normalised(found: Curves) -> Curves:
     the quotient is noise or upside down. Such images are left out and counted: those whose span m_M - m_0 is below
     `LEAST_SPAN` of the median |span|. Differences of the areas of the curves as they are need no such choice. Areas may
     lie outside 0 to 1: latents that lower the target are the last in the order.
-    ValueError where no image is left.
+    ValueError where no image is left: see `left_out`.
     """
-    span = found.every - found.none
-    height = np.abs([found.every, found.none]).max(initial=0)
-    good = span > max(LEAST_SPAN * np.median(np.abs(span)) if len(span) else 0, 1e-6 * height)
-    if not good.any():
-        raise ValueError(f"the latents of none of the {len(span)} images raise the target: nothing can be normalised")
-    base, span = found.none[good, None], span[good, None]
+    if reason := left_out(found):
+        raise ValueError(reason)
+    good = _raised(found)
+    base, span = found.none[good, None], (found.every - found.none)[good, None]
     return Curves(
         found.methods,
         found.steps,
@@ -156,6 +154,18 @@ def normalised(found: Curves) -> Curves:
         (found.insertion[:, good] - base) / span,
         found.n_left_out + int((~good).sum()),
     )
+
+
+def left_out(found: Curves) -> str:
+    """Why the curves cannot be normalised; empty where they can."""
+    return "" if _raised(found).any() else "in no image do the latents together raise the target"
+
+
+def _raised(found: Curves) -> Bool[np.ndarray, " image"]:
+    """The images whose latents raise the target by enough."""
+    span = found.every - found.none
+    height = np.abs([found.every, found.none]).max(initial=0)
+    return span > max(LEAST_SPAN * np.median(np.abs(span)) if len(span) else 0, 1e-6 * height)
 
 
 # Tables: of curves as they are, in units of the target, or of normalised ones ------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from plotly.colors import get_colorscale, hex_to_rgb
 
-from clipshift_core.canvas import MUTED, WIDTH, in_order, label, numbers, short
+from clipshift_core.canvas import MUTED, WIDTH, in_order, label, numbers, plain, short
 from clipshift_core.figures_world import _gallery
 
 COLOURS = "Inferno"
@@ -77,7 +77,8 @@ def attention_overlays(
         _text(figure, x, -0.5, "<br>".join(textwrap.wrap(label(names[view]), 13)), yanchor="bottom")
     for i, top in enumerate(tops):
         if captions is not None:
-            _text(figure, -0.47, top - 0.5, str(captions[i]), xanchor="left", yanchor="bottom", font={"color": MUTED})
+            caption = plain(str(captions[i]))
+            _text(figure, -0.47, top - 0.5, caption, xanchor="left", yanchor="bottom", font={"color": MUTED})
         for x, view in enumerate(order):
             if similarity is not None and names[view] != "original":
                 _text(figure, x, top + 1.47, _value(values[i, view]), yanchor="top")

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from plotly.colors import hex_to_rgb
 
-from clipshift_core.canvas import INK, MUTED, WIDTH, canvas, data_uri, n_images, numbers, whiskers
+from clipshift_core.canvas import INK, MUTED, WIDTH, canvas, data_uri, n_images, numbers, plain, whiskers
 from clipshift_core.figures_preservation import _panels
 
 
@@ -111,7 +111,7 @@ def image_taken_apart(
     for y, which in enumerate(order[:n_named], 1):
         for e, example in enumerate(examples[which][:N_EXAMPLES]):
             figure.add_layout_image(_placed(example, LABELS_AT + 180 + THUMB * e, y, THUMB - 4, THUMB - 4, 56))
-    caption = "<br>".join(textwrap.wrap(text, 28, max_lines=5, placeholder=" …"))
+    caption = "<br>".join(map(plain, textwrap.wrap(text, 28, max_lines=5, placeholder=" …")))
     _write(figure, 0, tall / PITCH - 0.3, f"<i>{caption}</i>", yanchor="top", font={"size": 14})
     rest = "error and bias" if method == "integrated_gradients" else "error, bias, and what does not add up"
     _write(figure, LABELS_AT, 0, f"no latent: {rest}", font={"size": 13})

@@ -60,6 +60,7 @@ def claims(table: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 11},
             name=f"{verdict} ({len(rows)})",
+            showlegend=True,
             hovertext=[row["hover"] for row in rows],
             hoverinfo="text",
         )
@@ -68,7 +69,7 @@ def claims(table: pd.DataFrame) -> go.Figure:
     for y, row in enumerate(table.itertuples()):
         known = np.isfinite([row.ci_low, row.ci_high]).all()
         interval = f"  [{short(row.ci_low)}, {short(row.ci_high)}]" if known else ""
-        written = f"{short(row.value)}{interval}" if np.isfinite(row.value) else "unknown"
+        written = f"{short(row.value)}{interval}" if np.isfinite(row.value) else "left out"
         figure.add_annotation(
             x=1, xref="paper", xshift=10, xanchor="left", y=y, text=written, showarrow=False,
             font={"size": 12, "color": MUTED},
@@ -114,7 +115,7 @@ def _scaled(row: tuple) -> dict:
     moved = (found - at) * (-1 if side == "below" else 1)
     value, *ends = moved / (np.nanmax(np.abs(moved)) or 1) if np.isfinite(moved).any() else moved
     low, high = sorted(ends)
-    if not side:  # decided otherwise: shown on the side of its verdict, without a length
+    if not side and np.isfinite(row.value):  # decided otherwise: shown on the side of its verdict, without a length
         value, low, high = (0.5 if row.verdict == "reproduced" else -0.5), np.nan, np.nan
     hover = f"<b>{row.claim}</b> {row.statement}<br>" + "<br>".join(textwrap.wrap(row.statistic, 80))
     known = np.isfinite([low, high]).all()

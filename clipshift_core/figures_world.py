@@ -22,6 +22,7 @@ from clipshift_core.canvas import (
     label,
     n_images,
     numbers,
+    plain,
     whiskers,
 )
 
@@ -164,7 +165,7 @@ def image_grid(
                 x=x,
                 y=y * (1 + (18 * lines + 8) / cell) + 0.48,
                 yanchor="top",
-                text="<br>".join(text),
+                text="<br>".join(map(plain, text)),
                 showarrow=False,
                 font={"size": 12},
             )
@@ -232,7 +233,7 @@ def _gallery(
         y=numbers(y * pitch for _, y in places),
         mode="markers",
         marker={"opacity": 0, "size": 30},
-        text=[str(h) for h in hover],
+        text=[plain(str(h)) for h in hover],
         hovertemplate="%{text}<extra></extra>",
     )
     width = (WIDTH - 20) / cell

@@ -2,7 +2,8 @@
 
     residual.K       (image, token, width): the residual stream after block K, tokens in the tower's order
     token.K          (image, width): its class token; the mean over tokens in a tower without one
-    attention.K      (image, head, token): the class token's attention in block K (see `attention`)
+    attention.K      (image, head, token): the class token's attention in block K, or the mean of the patches' where
+                     the tower averages them (see `attention`)
     attention.K.all  (image, head, query, token): every token's
     attention.pool   (image, head, token): the attentional pooling's
 

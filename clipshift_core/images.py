@@ -9,6 +9,7 @@ Pillow's libtiff does the same, and can be told not to.
 import ctypes
 import io
 import logging
+import time
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 MAX_PIXELS = 2**27
 """Largest width x height that is decoded (134 million: above any camera's, 400 MB as RGB)."""
+
+SECONDS = 30.0
+"""Processor time that a file may take (any camera's takes a few seconds): some small files would take hours."""
+
+STEP = 4096
+"""Bytes that a JPEG's decoder gets at a time."""
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 """What is read. An explicit list, because Pillow knows formats that start other programs (EPS)."""
@@ -42,6 +49,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
+_TILE = (322, 323)
+"""Tags of a TIFF's tile: width and height."""
 
 Image.init()  # registers every format now: doing so on first use is not safe from several threads
 # Pillow silences libtiff's warnings and leaves its errors, which it raises as well; its wheels bring the library along.
@@ -55,6 +64,23 @@ class Unreadable(Exception):
     """The bytes are no image that can be used; `str` is a short reason for a person."""
 
 
+class _Metered(io.BytesIO):
+    """A file in memory that ends the decoding of what takes too long: ten thousand scans, a million empty chunks.
+
+    Every parser and decoder of Pillow that can be made to work for long comes here for more, the JPEG's in `STEP`s;
+    what the others (WebP, AVIF, TIFF) do is bounded by the pixels, which are checked before.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.end = time.thread_time() + SECONDS
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.thread_time() > self.end:
+            raise Unreadable(f"takes more than {SECONDS:g} s to decode")
+        return super().read(size)
+
+
 def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     """Bytes of an image file to upright RGB pixels, 0 to 255.
 
@@ -66,8 +92,12 @@ def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         raise Unreadable("the file is empty")
     _silence_pillow()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(_Metered(data), formats=FORMATS) as image:
             _check_size(*image.size)
+            if image.format == "TIFF":  # a tile is decoded whole, however little of it is seen
+                _check_size(*(image.tag_v2.get(tag, 1) for tag in _TILE))
+            if image.format in ("JPEG", "MPO"):
+                image.decodermaxblock = STEP
             return np.array(_rgb(image))
     except Unreadable:
         raise
@@ -100,7 +130,7 @@ def _rgb(image: ImageFile.ImageFile) -> Image.Image:
         rgb.alpha_composite(image.convert("RGBA"))
     else:
         rgb = image
-    rgb = rgb.convert("RGB")
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 

@@ -39,6 +39,7 @@ from clipshift_core import manifests
 from clipshift_core.activations import Source
 from clipshift_core.lesion_study import READERS, Encode, Images
 from clipshift_core.manifests import SUFFIXES, Manifest
+from clipshift_core.sources import printable
 
 ID_COLUMNS = ("isic_id", "image_name", "image_id", "image")
 LABEL_COLUMNS = ("benign_malignant", "diagnosis_1")
@@ -61,7 +62,10 @@ _FITZPATRICK = {name: i for i, name in enumerate(("i", "ii", "iii", "iv", "v", "
 
 
 class IsicError(ValueError):
-    """A folder or a table that cannot be used: the file, the value, and what would be accepted."""
+    """A folder or a table that cannot be used: the file, the value, and what would be accepted; in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split())))
 
 
 class Isic(NamedTuple):

@@ -5,7 +5,6 @@ left out here; `left_out` names it.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipshift_core import metrics, profiles, stats
+from clipshift_core import metrics, stats
 from clipshift_core.workbench import Workbench
 
 
@@ -130,16 +129,14 @@ def left_out(dataset: xr.Dataset, name: str) -> list[int]:
 def compare_models(bench: Workbench, models: Sequence[str]) -> pd.DataFrame:
     """The same pass, on the same images and the same pixels, for the profile's model and for each of `models`.
 
-    models: folders, "hf-hub:owner/model", or OpenCLIP "name/tag". One with the same weights as an earlier one is left
+    models: as a profile names them. One with the same weights as an earlier one is left
     out. Columns model, image_id, augmentation, l2, scale (root mean square distance of the model's embeddings of two
     different originals, in units of its embedding; NaN for one image), distance (1 - cosine).
     Raises ProfileError or EncoderError for a model that cannot be loaded, ValueError if the pixels differ.
     """
     tables, seen = [_shifts_of(bench, bench.encoder.name)], {bench.encoder.weights_hash: bench.encoder.name}
     for name in models:
-        model, pretrained = profiles.named(name)
-        other = replace(bench, profile=replace(bench.profile, model=model, pretrained=pretrained))
-        other.profile.check()
+        other = bench.changed({"model": name})
         if other.encoder.weights_hash in seen:
             continue
         # two folders may end in the same name

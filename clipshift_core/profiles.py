@@ -9,6 +9,8 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -34,15 +36,21 @@ class Profile:
     source: str
     """Where images come from: a folder of images, a folder of web-dataset shards, or one .tar shard."""
     model: str
-    """A local folder, an OpenCLIP name such as `ViT-B-32`, or `hf-hub:owner/model`."""
+    """A folder, `hf-hub:owner/model`, OpenCLIP's `NAME/TAG` such as `ViT-B-32/openai`, or `NAME@FILE`, a checkpoint
+    file of that architecture. All keys that name models take these."""
     seed: int = 0
     """The seed from which every random draw of the run is derived."""
     n_images: int | None = None
     """How many images to sample from the source; None takes all."""
+    fetch: str | None = None
+    """A .tsv of captions and URLs, or a .txt of URLs of shards: where it is there, the source is filled from it before
+    the first notebook (room `fetch`)."""
+    fetch_allow: list = field(default_factory=list)
+    """`host:port` of servers that images may be fetched from though their address is private, such as a mirror here."""
+    captions: str | None = None
+    """A CSV with the columns file and caption, which wins over what the source itself holds."""
     image_size: int = 224
     """Side in pixels of the square to which each image is resized before it is augmented."""
-    pretrained: str | None = None
-    """OpenCLIP's tag of the weights, such as `openai`; None for a folder or a hub model."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: str = "auto"
@@ -58,7 +66,7 @@ class Profile:
     n_dose: int = 64
     """Images swept over severities."""
     models: list = field(default_factory=list)
-    """Other models, for the comparison between models: folders, `hf-hub:owner/model`, or OpenCLIP `name/tag`."""
+    """Other models, for the comparison between models."""
     sae: str | None = None
     """Folder of the sparse autoencoder that the series goes on with; None takes the one that the run trains."""
     sae_patches: str | None = None
@@ -87,11 +95,11 @@ class Profile:
     n_probe: int = 2000
     """Scenes drawn to look at the latents with, where the images are drawn scenes."""
     labeller: str | None = None
-    """Another model that labels latents: a folder, `hf-hub:owner/model`, or OpenCLIP `name/tag`; None takes `model`."""
+    """Another model that labels latents; None takes `model`."""
     vocabulary: str = "imagenet"
     """What latents may be labelled with: `world`, `imagenet`, or a text file with one word a line."""
     classes: str | None = None
-    """A text file with one class name a line, or None."""
+    """A text file with one class name a line: what images are asked for, and called where they have no caption."""
 
     def __post_init__(self):
         for key in fields(self):
@@ -136,23 +144,19 @@ class Profile:
             raise ProfileError(f"profile {path}: {error}") from None
 
     def check(self) -> None:
-        """Raise ProfileError if the source, the model folder or the class list is not there."""
-        if not self.source_path.exists():
-            raise ProfileError(
-                f"source {self.source_path}: does not exist; "
-                "accepted: a folder of images, a folder of .tar shards, or one .tar"
-            )
-        if self.source_path.is_dir() and next(self.source_path.iterdir(), None) is None:
-            raise ProfileError(f"source {self.source_path}: is an empty folder")
-        if self.model_dir and not self.model_dir.is_dir():
-            raise ProfileError(
-                f"model {self.model_dir}: no such folder; accepted: a folder with open_clip_config.json "
-                "and weights, an OpenCLIP name such as ViT-B-32, or hf-hub:owner/model"
-            )
-        if not self.model_dir and not self.pretrained and not self.model.startswith("hf-hub:"):
-            raise ProfileError(
-                f"model {self.model!r}: an OpenCLIP name needs a tag of weights, such as pretrained=openai"
-            )
+        """Raise ProfileError if the source, a model or any other file that is named is not there."""
+        if not self.listing:
+            or_fetched = f"; or fetch {ROOT / self.fetch}, which is not there either" if self.fetch else ""
+            if not self.source_path.exists():
+                raise ProfileError(
+                    f"source {self.source_path}: does not exist; "
+                    f"accepted: a folder of images, a folder of .tar shards, or one .tar{or_fetched}"
+                )
+            if self.source_path.is_dir() and next(self.source_path.iterdir(), None) is None:
+                raise ProfileError(f"source {self.source_path}: is an empty folder{or_fetched}")
+        for key, names in (("model", [self.model]), ("models", self.models), ("labeller", [self.labeller])):
+            for name in filter(None, names):
+                _check_model(key, name)
         given = [(key, getattr(self, key)) for key in DICTIONARIES] + [("sae_others", each) for each in self.sae_others]
         for key, folder in given:
             if folder and not (ROOT / folder / "sae.json").is_file():
@@ -163,8 +167,10 @@ class Profile:
             raise ProfileError(
                 f"vocabulary {ROOT / self.vocabulary}: no such file; accepted: world, imagenet, or a word a line"
             )
-        if self.classes and not (ROOT / self.classes).is_file():
-            raise ProfileError(f"classes {ROOT / self.classes}: no such file; accepted: a class name a line")
+        for key, accepted in (("classes", "a class name a line"), ("captions", "a CSV with the columns file, caption")):
+            file = getattr(self, key)
+            if file and not (ROOT / file).is_file():
+                raise ProfileError(f"{key} {ROOT / file}: no such file; accepted: {accepted}")
 
     @property
     def source_path(self) -> Path:
@@ -172,10 +178,16 @@ class Profile:
         return ROOT / self.source
 
     @property
+    def listing(self) -> Path | None:
+        """The file that says what is to be fetched, if it is there. (A source that is filled by hand needs none.)"""
+        path = ROOT / self.fetch if self.fetch else None
+        return path if path and path.is_file() else None
+
+    @property
     def model_dir(self) -> Path | None:
-        """The folder of a local model, told by a slash in its name; None for a hub's or OpenCLIP's model."""
-        local = "/" in self.model and not self.model.startswith("hf-hub:")
-        return ROOT / self.model if local else None
+        """The folder of a local model; None for any other."""
+        model, _ = named(self.model)
+        return Path(model) if Path(model).is_absolute() else None
 
     @property
     def run_dir(self) -> Path:
@@ -223,12 +235,42 @@ def profiles_dir() -> Path:
 
 
 def named(name: str) -> tuple[str, str | None]:
-    """Model and tag of weights in one name: "name/tag" is OpenCLIP's unless there is a folder of that name."""
-    is_folder = (ROOT / name).is_dir()
-    if name.startswith("hf-hub:") or is_folder or name.count("/") != 1:
+    """What `Encoder.load` takes as model and pretrained, from the one string that names a model; paths are absolute."""
+    local = ROOT / name.removeprefix("local-dir:")
+    if name.startswith("hf-hub:"):
         return name, None
-    model, tag = name.split("/")
-    return model, tag
+    if name.startswith("local-dir:") or local.is_dir():
+        return str(local), None
+    for sign in "@/":
+        model, found, weights = name.partition(sign) if sign == "@" else name.rpartition(sign)
+        if found and model.replace("/", "-") in _architectures():
+            return model, str(ROOT / weights) if sign == "@" else weights
+    return (name if name.replace("/", "-") in _architectures() else str(local)), None
+
+
+def _check_model(key: str, name: str) -> None:
+    """Raise ProfileError for a model that cannot be there. Whether OpenCLIP knows a tag is seen when it is loaded."""
+    model, weights = named(name)
+    if model.startswith("hf-hub:"):
+        return
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        near = difflib.get_close_matches(re.split("[/@]", name)[0], _architectures(), n=3)
+        raise ProfileError(
+            f"{key} {model}: no such folder; accepted: a folder with open_clip_config.json and weights, "
+            "hf-hub:owner/model, OpenCLIP's NAME/TAG such as ViT-B-32/openai, or NAME@FILE"
+            + (f" (near this name: {', '.join(near)})" if near else "")
+        )
+    if not Path(model).is_absolute() and not weights:
+        raise ProfileError(f"{key} {name!r}: an OpenCLIP name needs a tag of weights, such as {name}/openai")
+    if weights and Path(weights).is_absolute() and not Path(weights).is_file():
+        raise ProfileError(f"{key} {name!r}: no checkpoint file {weights}")
+
+
+@cache
+def _architectures() -> tuple[str, ...]:
+    """The names that OpenCLIP has a configuration of, from its files: importing it takes seconds."""
+    package = Path(find_spec("open_clip").submodule_search_locations[0])
+    return tuple(sorted(path.stem for path in (package / "model_configs").glob("*.json")))
 
 
 def _path(profile: str | Path) -> Path:

@@ -81,7 +81,8 @@ class Questions:
     def names(self) -> list[str]:
         """What each is called: for a drawn scene what a person might write under it."""
         if not self.dictionaries.drawn:
-            return [f"{i}: {name}" for i, name in enumerate(self.images["image_id"])]
+            titles = self.dictionaries.bench.titles[self.images["image_id"]]
+            return [f"{i}: {title}" for i, title in enumerate(titles)]
         return [f"{i}: {scenes.caption(scenes.sample(int(seed)))}" for i, seed in enumerate(self.images["seed"])]
 
     @cached_property

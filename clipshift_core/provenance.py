@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from . import profiles
+from . import files, profiles, sources
 from .profiles import Profile
 
 PACKAGES = (
@@ -23,27 +23,33 @@ HASH_LIMIT = 256 * 2**20
 """Bytes of input up to which contents are hashed; above, names, sizes and times stand for them."""
 
 
+FILES = ("fetch", "captions", "classes", "lesions", *profiles.DICTIONARIES)
+"""Keys of the profile that name a file or folder which is read."""
+
+
 def inputs(profile: Profile) -> dict[str, dict]:
-    """Digests of the files that a run reads: images, model, classes, and what the repository ships."""
+    """Digests of the files that a run reads: images, models, lists, and what the repository ships."""
     roots = {"images": profile.source_path, "shipped": profiles.ROOT / "data"}
-    if profile.model_dir:
-        roots["model"] = profile.model_dir
-    roots |= {f"model {name}": profiles.ROOT / name for name in profile.models if (profiles.ROOT / name).is_dir()}
-    if profile.classes:
-        roots["classes"] = profiles.ROOT / profile.classes
-    return {name: digest(root) for name, root in roots.items()}
+    for name in (profile.model, *profile.models, *([profile.labeller] if profile.labeller else [])):
+        local = [Path(part) for part in profiles.named(name) if part and Path(part).is_absolute()]
+        roots |= {f"model {name}": path for path in local}
+    roots |= {key: profiles.ROOT / getattr(profile, key) for key in FILES if getattr(profile, key)}
+    return {name: digest(root) for name, root in roots.items() if root.exists()}
 
 
 def digest(root: Path) -> dict:
-    """sha256 over a file, or over all files below a folder; if they are large, over their sizes and times."""
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    n_bytes = sum(path.stat().st_size for path in files)
+    """sha256 over a file, or over all files below a folder; if they are large, over their sizes and times.
+
+    The files are those that `sources.walk` finds. One that cannot be read counts by its name.
+    """
+    paths = {".": root} if root.is_file() else {path: root / path for path in sources.walk(root)[0]}
+    n_bytes = sum(size_and_time[0] for size_and_time in map(_size_and_time, paths.values()))
     if n_bytes <= HASH_LIMIT:
-        of, facts = "names and contents", sha256
+        of, facts = "names and contents", _contents
     else:
         of, facts = "names, sizes and times", _size_and_time
-    total = hashlib.sha256(json.dumps([(str(path.relative_to(root)), facts(path)) for path in files]).encode())
-    return {"sha256": total.hexdigest(), "of": of, "files": len(files), "bytes": n_bytes}
+    total = hashlib.sha256(json.dumps([(name, facts(path)) for name, path in paths.items()]).encode())
+    return {"sha256": total.hexdigest(), "of": of, "files": len(paths), "bytes": n_bytes}
 
 
 def sha256(path: Path) -> str:
@@ -55,7 +61,7 @@ def sha256(path: Path) -> str:
 def record(profile: Profile) -> dict:
     """Everything about a run of this profile that is not in its results: code, versions, weights, device."""
     status = _git("status", "--porcelain")
-    weights = sorted(profile.model_dir.glob("*.safetensors")) if profile.model_dir else []
+    notes = [json.loads(path.read_text()) for path in sorted((profile.run_dir / "weights").glob("*.json"))]
     return {
         "profile": asdict(profile),
         "digest": profile.digest,
@@ -65,9 +71,15 @@ def record(profile: Profile) -> dict:
         "platform": platform.platform(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "seeds": {"profile": profile.seed},
-        "weights": {path.name: sha256(path) for path in weights} or f"{profile.model} {profile.pretrained}",
+        "weights": {note["model"]: note["sha256"] for note in notes},
         "device": _device(profile.device),
     }
+
+
+def note_weights(profile: Profile, model: str, digest: str) -> None:
+    """Keep the digest of a model's weights, as loaded, in the run's folder, for `record`."""
+    path = profile.run_dir / "weights" / f"{hashlib.sha256(model.encode()).hexdigest()[:12]}.json"
+    write_json(path, {"model": model, "sha256": digest})
 
 
 def commit() -> str | None:
@@ -77,13 +89,22 @@ def commit() -> str | None:
 
 def write_json(path: Path, value: dict) -> None:
     """Write to the side and rename, so that a kill leaves the old file or the new one."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    files.write({path: (json.dumps(value, indent=1) + "\n").encode()})
+
+
+def _contents(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        return error.strerror or "cannot be read"
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    return path.stat().st_size, path.stat().st_mtime_ns
+    try:
+        found = path.stat()
+    except OSError:  # gone since it was listed
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _git(*arguments: str) -> str | None:

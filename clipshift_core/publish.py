@@ -17,7 +17,8 @@ from rich.console import Console
 
 from . import profiles
 from .profiles import ProfileError
-from .reproduce import KERNELSPEC, Run, RunError, run, summarise
+from .reproduce import Run, run, summarise
+from .series import KERNELSPEC, RunError
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

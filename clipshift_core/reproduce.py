@@ -15,7 +15,6 @@ profile and the input files.
 """
 
 import argparse
-import ast
 import fcntl
 import hashlib
 import json
@@ -25,13 +24,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jupytext
 import nbformat
 import papermill
 import yaml
@@ -44,9 +42,15 @@ from traitlets.config import Config
 
 from . import claims, profiles, progress, provenance
 from .profiles import Profile, ProfileError
+from .series import KERNELSPEC, PARAMETERS, Notebook, RunError, read_series
 
-PARAMETERS = ("profile", "overrides")
-"""What every notebook takes, in its cell that is tagged `parameters`."""
+GIVEN = {
+    "images": "your folder of images (or .tar shards)",
+    "captions": "a CSV with the columns file and caption",
+    "classes": "a text file with one class name a line",
+    "model": "a model folder, OpenCLIP's NAME/TAG or NAME@FILE, or hf-hub:owner/model",
+}
+"""What a user may bring, each for a key of the profile."""
 
 TIMES = ("seconds", "finished")
 """What run.json repeats of a notebook's stamp."""
@@ -54,37 +58,12 @@ TIMES = ("seconds", "finished")
 CELL_TIMEOUT = 24 * 3600
 """Seconds for one cell: far above the longest pass, so that only a hang meets it."""
 
-KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-
 KERNEL_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # torch brings its own threads; two pools on few cores slow each other down
     "MALLOC_TRIM_THRESHOLD_": "1073741824",  # keep freed batches instead of asking the system for them again
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "NO_ALBUMENTATIONS_UPDATE": "1",  # albumentations asks the network for its newest version otherwise
 }
-
-
-class RunError(Exception):
-    """A run that cannot start or cannot go on; the message is all that the user needs to see."""
-
-
-@dataclass(frozen=True)
-class Notebook:
-    """One notebook of the series, as written in its .py."""
-
-    path: Path
-    text: str
-    node: nbformat.NotebookNode
-    defaults: dict
-    """The parameters and their values in the tagged cell."""
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def code(self) -> list[str]:
-        return [cell.source for cell in self.node.cells if cell.cell_type == "code"]
 
 
 @dataclass(frozen=True)
@@ -96,38 +75,6 @@ class Run:
     """Per notebook: key, seconds, finished, products (paths relative to the run's folder)."""
     executed: list[str]
     """The notebooks that this call ran; the others were up to date."""
-
-
-def read_notebook(path: Path) -> Notebook:
-    """Read a py:percent notebook. Raises RunError where its parameters cell is missing or not plain."""
-    text = path.read_text(encoding="utf-8")
-    node = jupytext.reads(text, fmt="py:percent")
-    node.metadata = nbformat.NotebookNode(kernelspec=KERNELSPEC)
-    for index, cell in enumerate(node.cells):
-        cell["id"] = f"{path.stem}-{index}"  # jupytext draws ids at random
-    return Notebook(path, text, node, parameters_of(node, path.name))
-
-
-def parameters_of(node: nbformat.NotebookNode, name: str) -> dict:
-    """The names and values in the cell tagged `parameters`.
-
-    Only assignments of literals are allowed there: papermill lays its values after this cell, so anything
-    derived in it would keep the old ones. Raises RunError.
-    """
-    tagged = [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise RunError(f"{name}: has {len(tagged)} cells tagged 'parameters'; must have one")
-    values = {}
-    try:
-        for statement in ast.parse(tagged[0].source).body:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            for target in targets:
-                values[target.id] = ast.literal_eval(statement.value)
-    except (SyntaxError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{name}: the parameters cell may only assign literals to names ({tagged[0].source!r})"
-        ) from error
-    return values
 
 
 def run(
@@ -150,11 +97,10 @@ def run(
     that fails.
     """
     began, console = time.monotonic(), console or Console()
-    is_file = str(profile).endswith((".yaml", ".yml"))  # the kernels' working directory is not ours
-    given = {"profile": str(Path(profile).resolve() if is_file else profile), "overrides": overrides or {}}
+    given = _given(profile, overrides)
     choices = Profile.load(**given)
     choices.check()
-    series = _series(notebooks or profiles.ROOT / "notebooks")
+    series = read_series(notebooks or profiles.ROOT / "notebooks")
     run_dir = choices.run_dir
     for folder in ("notebooks", "stamps", "figures", "tables"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
@@ -162,9 +108,11 @@ def run(
         os.environ.setdefault(name, value)
     stamps, executed = {}, []
     with _locked(run_dir):
-        inputs = provenance.inputs(choices)
-        keys = _keys(series, [given, choices.digest, inputs])
         with progress.board(console, run_dir / "progress.txt") as board:
+            if choices.listing:
+                _fetch(choices, board)
+            inputs = provenance.inputs(choices)
+            keys = _keys(series, [given, choices.digest, inputs])
             for notebook, key in zip(series, keys, strict=True):
                 stamp = None if force else _valid_stamp(run_dir, notebook, key)
                 if stamp:
@@ -181,18 +129,37 @@ def run(
     return Run(choices, stamps, executed)
 
 
-def _series(folder: Path) -> list[Notebook]:
-    paths = sorted(folder.glob("[0-9][0-9]_*.py"))
-    if not paths:
-        raise RunError(f"{folder}: no notebook NN_name.py there")
-    series = [read_notebook(path) for path in paths]
-    for notebook in series:
-        if set(notebook.defaults) != set(PARAMETERS):
-            raise RunError(
-                f"{notebook.path.name}: its parameters are {sorted(notebook.defaults)}; "
-                f"must be {sorted(PARAMETERS)}, with every other choice in the profile"
-            )
-    return series
+def up_to_date(profile: str | Path, overrides: dict | None = None, *, notebooks: Path | None = None) -> list[str]:
+    """The notebooks that `run` would skip."""
+    given = _given(profile, overrides)
+    choices, series = Profile.load(**given), read_series(notebooks or profiles.ROOT / "notebooks")
+    keys = _keys(series, [given, choices.digest, provenance.inputs(choices)])
+    return [each.name for each, key in zip(series, keys, strict=True) if _valid_stamp(choices.run_dir, each, key)]
+
+
+def _given(profile: str | Path, overrides: dict | None) -> dict:
+    """The parameters of every notebook."""
+    is_file = str(profile).endswith((".yaml", ".yml"))  # the kernels' working directory is not ours
+    return {"profile": str(Path(profile).resolve() if is_file else profile), "overrides": overrides or {}}
+
+
+def _fetch(choices: Profile, board: progress.Board) -> None:
+    """Fill the source of the run, or go on filling it. What is complete is left alone."""
+    from . import fetch  # with all that decodes images: only where there is something to fetch
+
+    board.start("fetch", 1)
+    try:
+        found = fetch.collect(
+            choices.listing,
+            choices.source_path,
+            n_images=choices.n_images,
+            seed=choices.seed,
+            allow=choices.fetch_allow,
+        )
+    except fetch.FetchError as error:
+        raise RunError(str(error)) from error
+    board.done()
+    board.console.print(found.summary, highlight=False, markup=False)
 
 
 def _execute(notebook: Notebook, key: str, given: dict, run_dir: Path, board: progress.Board) -> dict:
@@ -335,16 +302,15 @@ def summarise(result: Run, console: Console) -> None:
         console.print(f"{what:10}{run_dir / what}", highlight=False, soft_wrap=True)
 
 
-def overrides_from(settings: list[str], profile: str, images: str | None, model: str | None) -> dict:
+def overrides_from(settings: list[str], profile: str, given: Mapping[str, str | None]) -> dict:
     """The overrides that the command line asks for.
 
     Parameters
     ----------
     settings : `key=value` each, the value as yaml reads it (`64`, `null`, `cpu`).
-    images, model : the user's own folder of images, and model (folder or name); they give the run a name, and
-        so a folder, of its own.
+    given : as in `GIVEN`, paths from here; what is given gives the run a name, and so a folder, of its own.
     """
-    overrides = {}
+    overrides, given = {}, {key: value for key, value in given.items() if value}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -353,40 +319,72 @@ def overrides_from(settings: list[str], profile: str, images: str | None, model:
             overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RunError(f"SET: {setting!r}: the value is no yaml") from error
-    if images:
-        overrides = {"classes": None} | overrides | {"source": str(Path(images).expanduser().resolve())}
-    if model:
-        folder = Path(model).expanduser()
-        local = folder.is_dir() or ("/" in model and not model.startswith("hf-hub:"))
-        overrides = (
-            dict.fromkeys(("pretrained", *profiles.DICTIONARIES))
-            | overrides
-            | {"model": str(folder.resolve()) if local else model}
-        )
-    if images or model:
-        parts = [Path(profile).stem] + [Path(part).resolve().name for part in (images, model) if part]
-        slug = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-")
-        overrides = {"name": slug} | overrides
-    return overrides
+    defaults = {}
+    if "images" in given:
+        defaults = dict.fromkeys(("classes", "captions", "fetch"))
+    if "model" in given:
+        defaults |= dict.fromkeys(profiles.DICTIONARIES)  # each fits its own model alone
+        if "images" in given:
+            defaults["vocabulary"] = "imagenet"  # photographs, for a model that knows more than the embedded world
+        overrides["model"] = _from_here(given["model"])
+    for name, key in (("images", "source"), ("captions", "captions"), ("classes", "classes")):
+        if name in given:
+            overrides[key] = str(Path(given[name]).expanduser().resolve())
+    if given:
+        own = [_slug(name, value) for name, value in given.items()]
+        slug = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([Path(profile).stem, *own])).strip("-")
+        defaults["name"] = slug
+    return defaults | overrides
+
+
+def _from_here(model: str) -> str:
+    """A model's string with its path, if it has one, made absolute."""
+    name, at, file = model.partition("@")
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    if at and not folder.is_dir():
+        return f"{name}@{Path(file).expanduser().resolve()}"
+    is_path = model.startswith(("local-dir:", ".", "/", "~")) or folder.is_dir()
+    return str(folder.resolve()) if is_path else model
+
+
+def _slug(name: str, value: str) -> str:
+    """What a run's name says of a given path or model: its last part, for a model on a hub all of it."""
+    if name != "model":
+        return Path(value).expanduser().resolve().name
+    model = _from_here(value)
+    architecture, at, file = model.rpartition("@")
+    if at:
+        return f"{architecture}-{Path(file).name}"
+    return Path(model).name if Path(model).is_absolute() else model.removeprefix("hf-hub:")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="clipshift_core.reproduce", description="Run the notebook series.")
     parser.add_argument("--profile", default="demo", help="demo, paper, or the path of a yaml file")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the profile")
-    parser.add_argument("--images", help="your folder of images (or .tar shards), not the profile's")
-    parser.add_argument("--model", help="a model folder, OpenCLIP name or hf-hub:..., not the profile's")
+    for name, what in GIVEN.items():
+        parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--dry", action="store_true", help="print what would be downloaded, computed and stored")
     parser.add_argument("--force", action="store_true", help="run all, up to date or not")
     parser.add_argument("--notebooks", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 110)
     try:
-        overrides = overrides_from(chosen.set, chosen.profile, chosen.images, chosen.model)
+        overrides = overrides_from(chosen.set, chosen.profile, {name: getattr(chosen, name) for name in GIVEN})
+        if chosen.dry:
+            from . import plan  # torch takes seconds to import
+
+            done = up_to_date(chosen.profile, overrides, notebooks=chosen.notebooks)
+            plan.show(plan.plan(Profile.load(chosen.profile, overrides), done=done), console)
+            return 0
         options = {"notebooks": chosen.notebooks, "force": chosen.force}
         result = run(chosen.profile, overrides, console=console, **options)
     except (ProfileError, RunError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # of the run's own folder: a full disk, no right to write
+        print(f"{error.filename or 'the folder of the run'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)

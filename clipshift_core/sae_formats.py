@@ -17,10 +17,12 @@ Nothing is unpickled: a torch checkpoint is read with `weights_only`.
 """
 
 import hashlib
+import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors
 from torch import Tensor
 
+from clipshift_core import files
 from clipshift_core.activations import Origin
 from clipshift_core.sae import VARIANTS, BatchTopK, PublishedTopK, SaeError, TopK
 from clipshift_core.sae_train import Statistics
@@ -60,6 +64,21 @@ class Imported(NamedTuple):
     about: dict[str, Any]
 
 
+def _of_files(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A reader from which damaged files draw nothing but SaeError: a value may be of any kind, wherever it stands."""
+
+    @wraps(read)
+    def reading(file: Path, *arguments: Any, **named: Any) -> Any:
+        try:
+            return read(file, *arguments, **named)
+        except SaeError:
+            raise
+        except Exception as error:
+            raise SaeError(f"{file}: is damaged: {type(error).__name__}: {_line(error)}") from error
+
+    return reading
+
+
 # Ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -67,8 +86,7 @@ def save(
     folder: Path, sae: TopK, origin: Origin, statistics: Statistics, recipe: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a finished autoencoder and all that it may be used on; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = _write(folder / "sae.safetensors", sae.state_dict())
+    tensors = _bytes(sae.state_dict())
     about = {
         "format": FORMAT,
         "variant": sae.variant,
@@ -76,12 +94,12 @@ def save(
         "origin": asdict(origin),
         "statistics": statistics._replace(mean=statistics.mean.tolist())._asdict(),
         "recipe": dict(recipe or {}),
-        "sha256": _sha256(weights),
+        "sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    (folder / "sae.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return folder
+    return _write(folder, {"sae.safetensors": tensors, "sae.json": _text(about)})
 
 
+@_of_files
 def load(
     folder: Path,
     *,
@@ -162,12 +180,10 @@ def save_saelens(folder: Path, sae: TopK, origin: Origin) -> Path:
         "reshape_activations": "none",
         "metadata": metadata,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "sae_weights.safetensors", tensors)
-    (folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return folder
+    return _write(folder, {"sae_weights.safetensors": _bytes(tensors), "cfg.json": _text(config)})
 
 
+@_of_files
 def load_saelens(folder: Path) -> Imported:
     """Read a topk, or a jumprelu of one threshold, of SAELens 6; `about` is its metadata.
 
@@ -227,9 +243,8 @@ def save_published(folder: Path, sae: TopK, origin: Origin) -> Path:
     tensors["encoder.0.weight_g"], tensors["encoder.0.weight_v"] = _weight_normed(W_enc)
     g, v = _weight_normed(W_dec)
     tensors["decoder.weight_g"], tensors["decoder.weight_v"] = g.T, v.T
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    torch.save({"state_dict": state}, folder / "sae.ckpt")
+    torch.save({"state_dict": state}, checkpoint := io.BytesIO())
     config = {
         "sae_k": k,
         "sae_hidden_dim": len(b_enc),
@@ -238,10 +253,10 @@ def save_published(folder: Path, sae: TopK, origin: Origin) -> Path:
         "model_name": origin.model,
         "ckpt_path": "sae.ckpt",
     }
-    (folder / "sae.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return folder
+    return _write(folder, {"sae.ckpt": checkpoint.getvalue(), "sae.yaml": yaml.safe_dump(config).encode()})
 
 
+@_of_files
 def load_published(checkpoint: Path, config: Path) -> Imported:
     """Read a checkpoint of paper B's code and its yaml; `about` has layer (as given, from the end if negative), token
     and model.
@@ -283,9 +298,12 @@ def _weight_normed(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _made(file: Path, kind: type[TopK], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TopK:
     try:
+        wanted, shape = (settings["n_latents"], settings["width"]), tuple(tensors["W_dec"].shape)
+        if shape != wanted:  # before room is made for as many as a damaged file may say
+            raise ValueError(f"W_dec has the shape {shape}")
         sae = kind(**settings)
         sae.load_state_dict(tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise SaeError(f"{file}: its weights are not a {kind.__name__} of {settings}: {_line(error)}") from None
     for name, tensor in sae.state_dict().items():
         if not tensor.isfinite().all():
@@ -298,16 +316,26 @@ def _same(file: Path, name: str, held: object, wanted: object) -> None:
         raise SaeError(f"{file}: {name} is {held!r}, wanted is {wanted!r}")
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> Path:
-    save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, file)
-    file.chmod(0o644)  # safetensors lets no one else read it
-    return file
+def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _text(about: Mapping[str, Any]) -> bytes:
+    return (json.dumps(about, indent=1) + "\n").encode()
+
+
+def _write(folder: Path, parts: Mapping[str, bytes]) -> Path:
+    try:
+        files.write({folder / name: data for name, data in parts.items()})
+    except OSError as error:
+        raise SaeError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+    return folder
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SaeError(f"{file}: cannot be read: {_line(error)}") from None
     if not isinstance(read, dict):
         raise SaeError(f"{file}: is no description of an autoencoder")

@@ -75,7 +75,7 @@ class Tail:
 def tail(encoder: "Encoder", layer: int) -> Tail:
     """What the tower does after block `layer` (from 0, or from the end with a minus).
 
-    For OpenCLIP's own VisionTransformer without attentional pooler and for its timm towers with blocks. The blocks get
+    For OpenCLIP's own VisionTransformer, CoCa's pooler included, and for its timm towers with blocks. The blocks get
     whatever else the tower hands them (rotary positions), recorded in one forward pass. On other images the result is
     compared with the tower's own embedding: SpliceError where they differ by more than `TOLERANCE`, and for a tower
     with a part missing, which it names.
@@ -97,7 +97,7 @@ def tail(encoder: "Encoder", layer: int) -> Tail:
     blocks = _recorded(visual, range(layer + 1, n_blocks), pixels[:2])
     point = f"residual.{layer}"
     with torch.no_grad(), hooks.captured(visual, [point]) as found:
-        wanted = encoder.model.encode_image(pixels[2:])
+        wanted = encoder.model.encode_image(pixels[2:], normalize=False)
     stream = found[point]
     n_before = stream.shape[1] - int(np.prod(encoder.grid))
     if n_before < int(has_class_token):
@@ -183,12 +183,14 @@ def _head(visual: nn.Module, name: str) -> Callable[[Stream], Float[Tensor, "ima
 
     norm, projection = part(visual, "visual", "ln_post"), part(visual, "visual", "proj")
     pooling, norm_last = part(visual, "visual", "pool_type"), part(visual, "visual", "final_ln_after_pool")
-    if part(visual, "visual", "attn_pool") is not None:
-        raise SpliceError(f"{name}: visual ({kind}): its part attn_pool is not one that is known here")
     if pooling not in ("tok", "avg"):
         raise SpliceError(f"{name}: visual ({kind}): it pools by {pooling!r}; accepted: 'tok', 'avg'")
+    if (pool := part(visual, "visual", "attn_pool")) is not None:
+        norm_last = False
 
     def own_head(stream: Stream) -> Float[Tensor, "image dim"]:
+        if pool is not None:  # CoCa's: learned queries in place of the tokens, the first of them pooled
+            stream = pool(stream)
         if pooling == "tok":
             pooled = norm(stream[:, 0])
         else:

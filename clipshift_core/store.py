@@ -8,16 +8,18 @@ On disk a store is a plain zarr v3 group, `<stage>-<first 12 of the key>.zarr`, 
     done/           uint8 along "chunk": c/i exists and is 1 once chunk i of every array is durable
 
 Nothing in it depends on when or how often it was written, so that its bytes are the same however often a run
-was killed. The done markers alone count: a chunk without its marker is removed and written again.
+was killed. The done markers alone count: a chunk without its marker is removed and written again. Several processes
+may write one store at once: what is removed is never what another is writing.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ class Store:
         accepted = {name: (span.stop - span.start, *x.shape[1:]) for name, x in self.layout.items() if name != DONE}
         if given != accepted:
             raise StoreError(f"{self.path}: chunk {index} given with shapes {given}; accepted are {accepted}")
-        with _named(self.path):
+        with _named(self.path), _held(self.path, fcntl.LOCK_SH):
             for name, part in values.items():
                 self.layout[name][span] = part
                 _sync(self._file(name, index))
@@ -99,12 +101,13 @@ class Store:
 
     def clear(self) -> None:
         """Remove what a kill may have left: chunks without a marker, and a writer's temporary files."""
-        whole = set(range(self.n_chunks)).difference(self.missing())
-        kept = {self._file(name, index) for name in self.layout for index in whole}
-        for name in self.layout:
-            for file in (self.path / name / "c").rglob("*"):
-                if file.is_file() and file not in kept:
-                    file.unlink()
+        with _held(self.path, fcntl.LOCK_EX):  # waits for the chunks that others are writing
+            whole = set(range(self.n_chunks)).difference(self.missing())
+            kept = {self._file(name, index) for name in self.layout for index in whole}
+            for name in self.layout:
+                for file in (self.path / name / "c").rglob("*"):
+                    if file.is_file() and file not in kept:
+                        file.unlink()
 
     def _file(self, name: str, index: int) -> Path:
         return self.path / name / "c" / "/".join([str(index)] + ["0"] * (self.layout[name].ndim - 1))
@@ -134,9 +137,12 @@ def open_store(
     key = digest(made_from)
     path = folder / f"{stage}-{key[:12]}.zarr"
     with _named(path):
+        folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             attributes = {"stage": stage, "key": key, "made_from": dict(made_from)}
-            _create(path, attributes, arrays, sizes, chunk)
+            with _held(folder, fcntl.LOCK_EX):
+                if not path.exists():  # another process may just have made it
+                    _create(path, attributes, arrays, sizes, chunk)
         try:
             group = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
             with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros counts too
@@ -161,7 +167,6 @@ def _create(
     """Make the empty store beside its place and rename it, so that it is there whole or not at all."""
     aside = path.with_suffix(".creating")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
     lengths = {dim: size if isinstance(size, int) else len(size) for dim, size in sizes.items()}
     (along,) = {array.dims[0] for array in arrays.values()}
     chunk = min(chunk, lengths[along])
@@ -205,6 +210,18 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{path}: cannot be written or read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _held(folder: Path, kind: int) -> Iterator[None]:
+    """Hold a folder, alone or with others (flock), until the block or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(file: Path) -> None:

@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
+import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import UInt8
 
-from clipshift_core import augment, canvas, images, manifests, provenance, shift
+from clipshift_core import augment, canvas, files, images, manifests, provenance, shift, store, vocabulary
 from clipshift_core.encoder import Encoder
 from clipshift_core.manifests import Manifest
-from clipshift_core.profiles import Profile
+from clipshift_core.profiles import ROOT, Profile, named
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,87 @@ class Workbench:
     @cached_property
     def manifest(self) -> Manifest:
         """The images of the run; listed and checked once for a source, then read."""
-        source = provenance.digest(self.profile.source_path)["sha256"]
-        key = hashlib.sha256(json.dumps([source, self.profile.n_images, self.profile.seed]).encode()).hexdigest()
-        folder = self.profile.run_dir / "arrays" / f"manifest-{key[:12]}"
+        profile = self.profile
+        captions = ROOT / profile.captions if profile.captions else None
+        read = [provenance.digest(path)["sha256"] for path in (profile.source_path, captions) if path]
+        key = hashlib.sha256(json.dumps([*read, profile.n_images, profile.seed]).encode()).hexdigest()
+        folder = profile.run_dir / "arrays" / f"manifest-{key[:12]}"
         if (folder / "manifest.parquet").exists() and (folder / "set_aside.parquet").exists():
             return Manifest.load(folder)
-        made = manifests.build(self.profile.source_path, n_images=self.profile.n_images, seed=self.profile.seed)
+        made = manifests.build(profile.source_path, n_images=profile.n_images, seed=profile.seed, captions=captions)
         made.save(folder)
         return made
 
     @cached_property
     def encoder(self) -> Encoder:
         """The model of the run."""
-        model = str(self.profile.model_dir or self.profile.model)
-        return Encoder.load(
-            model, self.profile.pretrained, device=self.profile.device, precision=self.profile.precision
+        return self.load(self.profile.model)
+
+    def load(self, name: str, **choices: str) -> Encoder:
+        """A model by the string that names it in a profile; the digest of its weights is noted for the run's record.
+
+        choices: device and precision, where not the profile's.
+        """
+        settings = {"device": self.profile.device, "precision": self.profile.precision}
+        encoder = Encoder.load(*named(name), **(settings | choices))
+        provenance.note_weights(self.profile, name, encoder.weights_hash)
+        return encoder
+
+    def directions(self, words: vocabulary.Vocabulary, encoder: Encoder) -> vocabulary.Directions:
+        """`vocabulary.directions`, encoded once a run: a thousand words take minutes on a CPU."""
+        made_from = {
+            "weights": encoder.weights_hash,
+            "phrases": list(words.words["phrase"]),
+            "templates": list(words.templates),
+        }
+        held = store.open_store(
+            self.profile.run_dir / "arrays",
+            "texts",
+            made_from,
+            arrays={"direction": store.Array(("text", "feature"))},
+            sizes={"text": len(words.words) + 1, "feature": encoder.dim},  # the last is the empty text
+            chunk=len(words.words) + 1,
         )
+        if held.missing():
+            found = vocabulary.directions(words, encoder)
+            held.write(0, {"direction": torch.cat([found.texts, found.empty[None]]).numpy()})
+        texts = torch.from_numpy(held.dataset()["direction"].values)
+        return vocabulary.Directions(texts[:-1], texts[-1])
+
+    @cached_property
+    def classes(self) -> vocabulary.Vocabulary | None:
+        """The class names of the profile that the model can read; None where it names none."""
+        if self.profile.classes is None:
+            return None
+        words, _ = vocabulary.readable(vocabulary.read(ROOT / self.profile.classes), self.encoder)
+        if len(words.words) < 2:
+            raise vocabulary.VocabularyError(
+                f"{self.profile.classes}: {self.encoder.name} can read {len(words.words)} of its names; 2 are needed"
+            )
+        return words
+
+    @cached_property
+    def labels(self) -> pd.DataFrame | None:
+        """The class of each image by zero-shot, None without classes: image_id, label, probability.
+
+        The probability is the softmax of the cosines times the model's own scale.
+        """
+        if self.classes is None:
+            return None
+        texts = self.directions(self.classes, self.encoder).texts
+        originals = F.normalize(torch.from_numpy(self.dataset["embedding"].sel(view="original").values), dim=1)
+        probability, word = (self.encoder.logit_scale * originals @ texts.T).softmax(1).max(1)
+        names = self.classes.words["word"].to_numpy()[word.numpy()]
+        ids = self.dataset["image"].values
+        return pd.DataFrame({"image_id": ids, "label": names, "probability": probability.numpy()})
+
+    @cached_property
+    def titles(self) -> pd.Series:
+        """What each image is called, by image_id: its caption; without one its zero-shot label, or else its name."""
+        table = self.manifest.images.set_index("image_id", drop=False)
+        labels = self.labels
+        otherwise = table["image_id"] if labels is None else labels.set_index("image_id")["label"] + " (zero-shot)"
+        return table["caption"].fillna(otherwise)
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -98,9 +165,8 @@ class Workbench:
 
     def keep(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write a table to runs/<profile>/tables/NN-name.csv and return it, so that the cell shows it."""
-        folder = self.profile.run_dir / "tables"
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / f"{self.notebook}-{name}.csv", index=False, float_format="%.9g")
+        text = table.to_csv(index=False, float_format="%.9g")
+        files.write({self.profile.run_dir / "tables" / f"{self.notebook}-{name}.csv": text.encode()})
         return table
 
     def show(self, figure: go.Figure, name: str, *, alt: str) -> go.Figure:

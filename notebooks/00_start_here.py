@@ -43,10 +43,10 @@ some = manifest.images.iloc[:12]
 bench.show(
     figures_world.image_grid(
         [bench.picture(image_id) for image_id in some["image_id"]],
-        some["caption"].fillna(some["image_id"]).tolist(),
+        bench.titles[some["image_id"]].tolist(),
         columns=6,
         title="Twelve images of this run",
-        subtitle="Each with its caption, or its name where it has none",
+        subtitle="Each with its caption; without one with its class by zero-shot where class names are given, or else its name",
     ),
     "images",
     alt="A gallery of twelve images of this run, each with its caption.",

@@ -24,7 +24,7 @@ overrides = {}  # any key of the profile, such as {"n_images": 64}
 # %%
 from IPython.display import Markdown, display
 
-from clipshift_core import exam, figures_world, scenes
+from clipshift_core import exam, fetch, figures_world, scenes, sources
 from clipshift_core.workbench import Workbench
 
 bench = Workbench.open("01", profile, overrides)
@@ -40,7 +40,21 @@ bench.keep(manifest.set_aside, "set-aside")
 manifest.set_aside if len(manifest.set_aside) else Markdown("Nothing had to be set aside.")
 
 # %%
-bench.keep(manifest.images, "manifest").head(8)
+bench.keep(manifest.images.assign(path=manifest.images["path"].map(sources.printable)), "manifest").head(8)
+
+# %% [markdown]
+# ## Links
+#
+# Conceptual Captions is a list of links to other people's servers, and many of them are gone. Where the profile names such a list (key `fetch`), its links are tried
+# in the order of their rank until the sample is full.
+
+# %%
+if bench.profile.listing:
+    fetched = fetch.report(bench.profile.source_path)
+    display(bench.keep(fetched.outcomes, "links").round(3))
+    display(Markdown(fetched.summary))
+else:
+    display(Markdown("Left out: the images of this run were not fetched from a list of links."))
 
 # %% [markdown]
 # ## Sizes and captions
@@ -53,6 +67,20 @@ Markdown(
     f"{len(n_words)} of {len(manifest.images)} images have a caption"
     + (f", of {n_words.min()} to {n_words.max()} words (median {n_words.median():.0f})." if len(n_words) else ".")
 )
+
+# %% [markdown]
+# ## Labels in place of captions
+#
+# Where the profile names classes (`CLASSES=file.txt`, a name a line), every image gets the nearest one by zero-shot, with its probability
+# among them. The series calls an image by it where a caption is missing, and the notebooks on attribution ask for it.
+
+# %%
+if bench.labels is not None:
+    of_class = bench.keep(bench.labels, "labels").groupby("label")["probability"].agg(["size", "median"])
+    display(of_class.sort_values("size", ascending=False).head(12).round(3))
+    display(Markdown(f"{len(of_class)} of {len(bench.classes.words)} classes are the label of at least one image."))
+else:
+    display(Markdown("Left out: the profile names no classes."))
 
 # %% [markdown]
 # ## Factors

@@ -46,13 +46,13 @@ Markdown(
 # disk, mapped into memory a few chunks at a time, in an order that depends on the seed and the epoch alone.
 
 # %%
-sets = {"to look at": dictionaries.unseen} | ({"to learn from": dictionaries.seen} if is_learned else {})
+sets = ({"to look at": dictionaries.unseen} if given or is_learned else {}) | ({"to learn from": dictionaries.seen} if is_learned else {})
 rows = [
     {"rows": name, "images": held.dataset().sizes["image"], "activations": held.n_rows, "width": held.width,
      "MiB": round(held.n_rows * held.width * 4 / 2**20, 1)}
     for name, held in sets.items()
 ]
-bench.keep(pd.DataFrame(rows), "activations")
+bench.keep(pd.DataFrame(rows), "activations") if rows else Markdown(f"Left out: {dictionaries.left_out}.")
 
 # %% [markdown]
 # ## Training
@@ -64,19 +64,22 @@ bench.keep(pd.DataFrame(rows), "activations")
 known = {"shipped": given} if given else {}
 known |= {"trained here": dictionaries.own} if is_learned else {}
 recipes = [{"dictionary": name, **learned.sae.settings, **learned.recipe} for name, learned in known.items()]
-bench.keep(pd.DataFrame(recipes), "recipes")
+bench.keep(pd.DataFrame(recipes), "recipes") if recipes else Markdown(f"Left out: {dictionaries.left_out}.")
 
 # %% [markdown]
 # Thousands of steps carry the last digits of one processor to the first ones of the result, so that a dictionary that is trained elsewhere is
 # another one, as good. The cells that show the one trained here are therefore run, but not compared digit by digit, by `make test`.
 
 # %% tags=["nbval-ignore-output"]
-histories = pd.concat([learned.history.assign(model=name) for name, learned in known.items()])
-bench.show(
-    figures_components.sae_training(histories),
-    "training",
-    alt="Curves over the training steps: normalised error, auxiliary loss, latents on, dead latents, learning rate.",
-)
+if known:
+    histories = pd.concat([learned.history.assign(model=name) for name, learned in known.items()])
+    display(bench.show(
+        figures_components.sae_training(histories),
+        "training",
+        alt="Curves over the training steps: normalised error, auxiliary loss, latents on, dead latents, learning rate.",
+    ))
+else:
+    display(Markdown(f"Left out, with all that follows: {dictionaries.left_out}."))
 
 # %% [markdown]
 # ## How well they write activations they have not seen
@@ -85,29 +88,31 @@ bench.show(
 # mean. (About zero instead of the mean, as it is often given, the same errors would look much smaller.)
 
 # %%
-qualities = {name: sae_quality.quality(learned.sae, dictionaries.unseen.in_order()) for name, learned in known.items()}
-table = pd.DataFrame([{"dictionary": name, **found._asdict()} for name, found in qualities.items()]).drop(columns="firing")
-used = "shipped" if given else "trained here"
-bench.keep(table, "quality")
-row = table.set_index("dictionary").loc[used]
-Markdown(
-    f"On {row['n_rows']:,} unseen rows the dictionary that the series goes on with leaves {short(row['nmse'])} of the variance, with "
-    f"{row['l0']:.1f} latents on at a time; {row['n_dead']} of its latents are never on here and {row['n_dense']} in more than "
-    f"{sae_quality.DENSE_FROM:.0%} of the rows."
-)
+if known:
+    qualities = {name: sae_quality.quality(learned.sae, dictionaries.unseen.in_order()) for name, learned in known.items()}
+    table = pd.DataFrame([{"dictionary": name, **found._asdict()} for name, found in qualities.items()]).drop(columns="firing")
+    used = "shipped" if given else "trained here"
+    bench.keep(table, "quality")
+    row = table.set_index("dictionary").loc[used]
+    display(Markdown(
+        f"On {row['n_rows']:,} unseen rows the dictionary that the series goes on with leaves {short(row['nmse'])} of the variance, with "
+        f"{row['l0']:.1f} latents on at a time; {row['n_dead']} of its latents are never on here and {row['n_dense']} in more than "
+        f"{sae_quality.DENSE_FROM:.0%} of the rows."
+    ))
 
 # %% tags=["nbval-ignore-output"]
-display(table.round(4))
-display(bench.show(
-    figures_components.firing({name: found.firing.numpy() for name, found in qualities.items()}),
-    "firing",
-    alt="Latents in falling order of how often they are on, one curve for each dictionary.",
-))
-best = table.loc[table["nmse"].idxmin()]
-display(Markdown(
-    f"The dictionary **{best['dictionary']}** has the smaller error: {short(best['nmse'])} of the variance against {short(table['nmse'].max())}."
-    if len(table) > 1 else "There is one dictionary, and nothing to compare it with."
-))
+if known:
+    display(table.round(4))
+    display(bench.show(
+        figures_components.firing({name: found.firing.numpy() for name, found in qualities.items()}),
+        "firing",
+        alt="Latents in falling order of how often they are on, one curve for each dictionary.",
+    ))
+    best = table.sort_values("nmse").iloc[0]
+    display(Markdown(
+        f"The dictionary **{best['dictionary']}** has the smaller error: {short(best['nmse'])} of the variance against {short(table['nmse'].max())}."
+        if len(table) > 1 else "There is one dictionary, and nothing to compare it with."
+    ))
 
 # %% [markdown]
 # ## What the error costs the model
@@ -117,25 +122,26 @@ display(Markdown(
 # text as before, `moved` the mean absolute change of a cosine.
 
 # %%
-tasks = dictionaries.tasks()
-kept = pd.concat([
-    sae_quality.predictions(*dictionaries.embeddings(learned), tasks, **bench.resampling).assign(dictionary=name)
-    for name, learned in known.items()
-])
-bench.keep(kept[["dictionary", *kept.columns[:-1]]], "predictions")
-of_used = kept[kept["dictionary"] == used]
-display(of_used.drop(columns="dictionary").round(4))
-worst = of_used.loc[of_used["same"].idxmin()]
-Markdown(
-    f"With the dictionary that the series goes on with, {worst['same']:.1%} of the images or more keep their text; the task that "
-    f"suffers most is **{worst['task']}**"
-    + (f", where accuracy changes by {worst['change']:+.3f} (95 % interval {worst['low']:+.3f} to {worst['high']:+.3f})" if worst["change"] == worst["change"] else "")
-    + f". A cosine between an image and a text moves by {of_used['moved'].mean():.4f} on average. What the dictionary leaves out is not lost in the "
-    f"notebooks on attribution: there the error is added back, so that the prediction is exactly the model's own."
-)
+if known:
+    tasks = dictionaries.tasks()
+    kept = pd.concat([
+        sae_quality.predictions(*dictionaries.embeddings(learned), tasks, **bench.resampling).assign(dictionary=name)
+        for name, learned in known.items()
+    ])
+    bench.keep(kept[["dictionary", *kept.columns[:-1]]], "predictions")
+    of_used = kept[kept["dictionary"] == used]
+    display(of_used.drop(columns="dictionary").round(4))
+    worst = of_used.loc[of_used["same"].idxmin()]
+    display(Markdown(
+        f"With the dictionary that the series goes on with, {worst['same']:.1%} of the images or more keep their text; the task that "
+        f"suffers most is **{worst['task']}**"
+        + (f", where accuracy changes by {worst['change']:+.3f} (95 % interval {worst['low']:+.3f} to {worst['high']:+.3f})" if worst["change"] == worst["change"] else "")
+        + f". A cosine between an image and a text moves by {of_used['moved'].mean():.4f} on average. What the dictionary leaves out is not lost in the "
+        f"notebooks on attribution: there the error is added back, so that the prediction is exactly the model's own."
+    ))
 
 # %% tags=["nbval-ignore-output"]
-if kept["accuracy"].notna().all():
+if known and kept["accuracy"].notna().all():
     display(bench.show(
         figures_components.predictions_kept(kept),
         "predictions",

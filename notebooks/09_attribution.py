@@ -22,7 +22,6 @@ profile = "demo"  # demo, paper, or the path of a yaml file
 overrides = {}  # any key of the profile, such as {"n_images": 64}
 
 # %%
-import pandas as pd
 from IPython.display import Markdown, display
 
 from clipshift_core import attributed, claims, claims_latents, faithfulness
@@ -75,8 +74,9 @@ if is_there:
 # rises early. Only latents that are on take part. The image encoder never runs again.
 
 # %%
-if is_there:
-    found = attributed.attributed(dictionaries, dictionaries.used)
+found = attributed.attributed(dictionaries, dictionaries.used) if is_there else None
+no_curves = faithfulness.left_out(found.curves) if found else dictionaries.left_out
+if not no_curves:
     curves = faithfulness.normalised(found.curves)
     display(bench.show(
         figures.faithfulness_curves(bench.keep(faithfulness.curve_table(curves, **bench.resampling), "curves")),
@@ -89,9 +89,11 @@ if is_there:
         "faithfulness-areas",
         alt="Area under the deletion and the insertion curve for each method with 95 % intervals.",
     ))
+else:
+    display(Markdown(f"Left out: {no_curves}."))
 
 # %%
-if is_there:
+if not no_curves:
     area = areas.set_index(["kind", "method"])
     ranked = {kind: area.loc[kind]["mean"].sort_values(ascending=kind == "deletion").index for kind in faithfulness.KINDS}
     names = {kind: ", ".join(figures.method_look(name).label for name in order[:3]) for kind, order in ranked.items()}
@@ -115,20 +117,23 @@ if is_there:
 
 # %%
 is_last = is_there and not dictionaries.not_shifted
-if is_last:
-    of_classes = faithfulness.normalised(attributed.attributed_by_class(dictionaries, dictionaries.used))
+by_class = attributed.attributed_by_class(dictionaries, dictionaries.used) if is_last else None
+if by_class and not faithfulness.left_out(by_class):
+    of_classes = faithfulness.normalised(by_class)
     class_areas = bench.keep(faithfulness.area_table(of_classes, **bench.resampling), "areas-classes")
     display(bench.show(
         figures.faithfulness_curves(bench.keep(faithfulness.curve_table(of_classes, **bench.resampling), "curves-classes")),
         "faithfulness-curves-classes",
         alt="Deletion and insertion of the latents of whole classes, one line for each method.",
     ))
-    by_class = faithfulness.difference_table(of_classes, reference="logit_lens", **bench.resampling).set_index(["kind", "method"])
+    against_lens = faithfulness.difference_table(of_classes, reference="logit_lens", **bench.resampling).set_index(["kind", "method"])
     display(Markdown(
         "Act x grad's area minus logit lens', over whole classes: " + "; ".join(
-            f"{kind} {said(by_class.loc[(kind, 'act_x_grad')])}" for kind in faithfulness.KINDS
+            f"{kind} {said(against_lens.loc[(kind, 'act_x_grad')])}" for kind in faithfulness.KINDS
         ) + ". (Below 0 is better in deletion, above 0 in insertion.)"
     ))
+else:
+    display(Markdown(f"Left out: {faithfulness.left_out(by_class) if by_class else dictionaries.not_shifted}."))
 
 # %% [markdown]
 # ## Beside exact ablation
@@ -158,8 +163,9 @@ if is_there:
 
 # %%
 patches = dictionaries.patches if is_there else None
-if patches:
-    early = attributed.attributed(dictionaries, patches, n_images=64)
+early = attributed.attributed(dictionaries, patches, n_images=64) if patches else None
+no_patches = faithfulness.left_out(early.curves) if early else "the profile names no dictionary of the patches' tokens (key `sae_patches`)"
+if not no_patches:
     early_curves = faithfulness.normalised(early.curves)
     early_areas = bench.keep(faithfulness.area_table(early_curves, **bench.resampling), "areas-patches")
     display(bench.show(
@@ -180,7 +186,7 @@ if patches:
         f"{said(area.loc[('deletion', 'ablation')])}, a random order's {said(area.loc[('deletion', 'random')])}."
     ))
 else:
-    display(Markdown("Left out: the profile names no dictionary of the patches' tokens (key `sae_patches`)."))
+    display(Markdown(f"Left out: {no_patches}."))
 
 # %% [markdown]
 # ## The ledger
@@ -188,12 +194,15 @@ else:
 # Claim B1 of paper B, decided by statistics that were written down before any value was seen (`clipshift_core/claims_latents.py`).
 
 # %%
-if is_there:
+if not no_curves:
     rows = claims_latents.faithfulness(curves, notebook="09", **bench.resampling)
-    if patches:
-        where = f"patches after block {patches.origin.layer}"
-        rows += claims_latents.faithfulness(early_curves, notebook="09", letters="def", where=where, **bench.resampling)
-    ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
-    display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(3))
-    counts = pd.Series([row.verdict for row in rows]).value_counts()
-    display(Markdown(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f". {claims.caveat(bench.profile)}"))
+else:
+    rows = claims.left_out(claims_latents.FAITHFUL, no_curves, notebook="09")
+if not no_patches:
+    rows += claims_latents.faithfulness(early_curves, notebook="09", criteria=claims_latents.EARLIER, **bench.resampling)
+else:
+    rows += claims.left_out(claims_latents.EARLIER, no_patches, notebook="09")
+ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
+display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(3))
+counts = ledger["verdict"].value_counts()
+Markdown(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f". {claims.caveat(bench.profile)}")

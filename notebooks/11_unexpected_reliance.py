@@ -232,6 +232,11 @@ if not reason:
     rows = claims_latents.reliances(
         found.table, found.threshold, hits, n_latents=audit.spliced.sae.n_latents, n_images=len(audit.asked.index), notebook="11"
     )
-    ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
-    display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(4))
-    display(Markdown(f"The interval of B2b is one of a count: what is found for certain, and what may be. {claims.caveat(bench.profile)}"))
+else:
+    rows = claims.left_out(claims_latents.RELIANCES, reason, notebook="11")
+ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
+display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(4))
+Markdown(
+    ("The interval of B2b is one of a count: what is found for certain, and what may be. " if drawn else "")
+    + claims.caveat(bench.profile)
+)

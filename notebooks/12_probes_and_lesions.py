@@ -22,7 +22,6 @@ overrides = {}  # any key of the profile, such as {"n_images": 64}
 
 # %%
 import numpy as np
-import pandas as pd
 from IPython.display import Markdown, display
 
 from clipshift_core import biased, claims, claims_latents, figures_probes, lesion_study, probes
@@ -184,20 +183,22 @@ elif not case.left_out:
 # The intervals are over images: they take each probe as it was trained. Another draw of the training images gives another probe.
 
 # %%
-rows = []
 if not reason:
-    rows += claims_latents.probes_against_text(
+    rows = claims_latents.probes_against_text(
         {name: probed.answers.loss(name, LEDGER_STRENGTH) for name in probes.READERS}, {"probe": shares[LEDGER_STRENGTH], "text": of_text},
         probed.right, np.isin(probed.words, list(biased.AMBIGUOUS)), notebook="12", **bench.resampling,
     )
+else:
+    rows = claims.left_out(claims_latents.PROBES, reason, notebook="12")
 if not case.left_out and case.images.planted:
     called = {split: some for split, some in diagnosed.called.groupby("split")}
     free, there = called["balanced"], called["biased"]
     rows += claims_latents.shortcuts(
         {name: free[name] for name in case.readers}, free, {"probe": there["probe"], "label": there["malignant"]}, there, case.images.planted, notebook="12", **bench.resampling
     )
-if rows:
-    ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
-    display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(4))
-    counts = pd.Series([row.verdict for row in rows]).value_counts()
-    display(Markdown(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f". {claims.caveat(bench.profile)}"))
+else:
+    rows += claims.left_out(claims_latents.LESIONS, case.left_out or "it is not known which artefacts were planted in these lesions", notebook="12")
+ledger = claims.record(bench.profile.run_dir / "claims.csv", rows)
+display(ledger[["claim", "statement", "value", "ci_low", "ci_high", "n", "verdict"]].round(4))
+counts = ledger["verdict"].value_counts()
+Markdown(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f". {claims.caveat(bench.profile)}")

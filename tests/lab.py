@@ -26,7 +26,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from clipshift_core.profiles import ROOT
-from clipshift_core.reproduce import KERNELSPEC
+from clipshift_core.series import KERNELSPEC
 
 SECONDS = 120
 """The longest anything may take: a kernel has to start, and to import torch."""

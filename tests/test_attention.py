@@ -173,6 +173,29 @@ def test_blocks_that_normalise_queries_and_keys():
     assert close(rows[1], wanted[:, :, 0])
 
 
+def mean_rows(visual, unfused, n_before):
+    """Every block's cls row in a tower that averages its patches, against the mean of their rows by the oracle."""
+    with captured_attention(visual, [0, 1, -1]) as rows, captured_attention(visual, [0, 1], "all") as every:
+        visual(pixels(visual))
+    for block in (0, 1):
+        assert close(every[block], unfused[block])
+        assert close(rows[block], unfused[block][:, :, n_before:].mean(2))
+    assert torch.equal(rows[-1], rows[1])
+    return rows[-1]
+
+
+def test_a_mean_of_rows_where_patches_are_averaged():
+    """CLIPA: the class token is a token like others, and the embedding is the mean over the patches alone."""
+    visual = own_tower("ViT-L-14-CLIPA", width=128, head_width=64, image_size=56)
+    inputs = block_inputs(visual, pixels(visual))
+    wanted = []
+    for index, block in enumerate(visual.transformer.resblocks):
+        x = block.ln_1(inputs[index])
+        wanted.append(block.attn(x, x, x, need_weights=True, average_attn_weights=False)[1])
+    rows = mean_rows(visual, wanted, n_before=1)
+    assert to_map(rows, patch_grid(visual)).shape == (2, 4, 4)
+
+
 def test_cocas_pooler_is_read_for_the_last_block():
     # 96 wide, pooled into 48: torch keeps separate weights for queries and keys.
     visual = spread(
@@ -273,6 +296,44 @@ def test_equals_timms_own_unfused_attention(name, settings):
             assert close(rows[block], unfused[block][:, :, 0])
     assert n_blocks(visual) == 2
     assert head_maps(rows[1], patch_grid(visual)).shape[2:] == tuple(visual.trunk.patch_embed.grid_size)
+
+
+RELATIVE_POSITIONS = {
+    "own to each block": {},
+    "shared": {"shared_rel_pos": True},
+    "a table": {"rel_pos_type": "bias"},
+}
+
+
+@pytest.mark.parametrize("settings", RELATIVE_POSITIONS.values(), ids=RELATIVE_POSITIONS)
+def test_relative_positions(settings):
+    visual = timm_tower("vit_relpos_medium_patch16_cls_224", **NARROW, img_size=64, global_pool="token", **settings)
+    images, unfused = pixels(visual), timm_weights(visual, pixels(visual))
+    with captured_attention(visual, [0, 1], "all") as every, captured_attention(visual, [0, 1]) as rows:
+        visual(images)
+    for block in (0, 1):
+        assert close(every[block], unfused[block]) and close(rows[block], unfused[block][:, :, 0])
+    with captured_attention(visual, [0], "all") as without:
+        visual.trunk.blocks[0].attn(torch.zeros(1, 17, 192), shared_rel_pos=torch.zeros(1, 3, 17, 17))
+    assert settings != {"shared_rel_pos": True} or (without[0] - 1 / 17).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("settings, n_before", [({}, 0), ({"reg_tokens": 2}, 2), ({"class_token": True}, 1)])
+def test_timms_mean_over_patches(settings, n_before):
+    visual = timm_tower("vit_medium_patch16_gap_256", **NARROW, img_size=64, global_pool="avg", **settings)
+    rows = mean_rows(visual, timm_weights(visual, pixels(visual)), n_before)
+    assert to_map(rows, patch_grid(visual)).shape == (2, 4, 4)
+
+
+def test_timms_mean_over_patches_and_the_tokens_before_them():
+    visual = timm_tower("vit_medium_patch16_gap_256", **NARROW, img_size=64, global_pool="avg", reg_tokens=2)
+    visual.trunk.pool_include_prefix = True
+    mean_rows(visual, timm_weights(visual, pixels(visual)), 0)
+
+
+def test_vitamins_mean_over_patches():
+    visual = timm_tower("ViTamin-S", global_pool="avg", img_size=64)
+    mean_rows(visual, timm_weights(visual, pixels(visual)), 0)
 
 
 def test_a_tower_with_both_class_token_and_pooling_is_read_by_its_pooling():
@@ -417,9 +478,9 @@ UNREADABLE = {
         r"found no class token for the row of block 0; accepted: the last block \(its pooling\), or rows='all'",
     ),
     "class token not read": (
-        lambda: own_tower("ViT-B-32", 1, pool_type="avg"),
+        lambda: timm_tower("MobileCLIP2-L-14", **NARROW, global_pool="max"),
         {},
-        "pools by 'avg', so the class token's last row does not reach the embedding",
+        "pools by 'max', so the class token's last row does not reach the embedding",
     ),
     "rows": (lambda: own_tower("ViT-B-32", 1), {"rows": "CLS"}, "rows 'CLS' is unknown; accepted: cls, all"),
 }

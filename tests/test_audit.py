@@ -155,7 +155,7 @@ def test_other_models_and_too_few_images(opened):
     (other,) = Audit.others(opened.dictionaries.bench)
     assert other.name == "scene-xs12" and other.learned.origin.model == "scene-xs12"
     few = Audit(Dictionaries(opened.dictionaries.bench.changed({"n_probe": 60})))
-    assert opened.left_out == "" and few.left_out == "60 images are too few to audit (at least 100)"
+    assert opened.left_out == "" and few.left_out == "too few images to audit (60, of at least 100)"
     elsewhere = {"sae_reference": None, "sae": None, "sae_layer": -2}
     assert "after block 3" in Audit(Dictionaries(opened.dictionaries.bench.changed(elsewhere))).left_out
 

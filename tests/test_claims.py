@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -260,7 +261,7 @@ def claim(number: str, value: float = 0.25, notebook: str = "02") -> claims.Clai
     return claims.Claim(number, "It, and more", "Mean; rule", value, np.nan, 1 / 3, 12, "not reproduced", notebook)
 
 
-def test_the_ledger_replaces_the_rows_of_a_claim_and_keeps_the_others(tmp_path):
+def test_the_ledger_replaces_the_rows_of_a_notebook_and_keeps_the_others(tmp_path):
     path = tmp_path / "runs" / "demo" / "claims.csv"
     assert tuple(claims.read(path).columns) == claims.COLUMNS and claims.read(path).empty
     first = claims.record(path, [claim("A4b"), claim("A1a")])
@@ -268,21 +269,21 @@ def test_the_ledger_replaces_the_rows_of_a_claim_and_keeps_the_others(tmp_path):
     claims.record(path, [claim("A3a", 0.5, "04")])
     claims.record(path, [claim("A4b", 0.125), claim("A2a")])
     ledger = claims.read(path)
-    assert list(ledger["claim"]) == ["A1a", "A2a", "A3a", "A4b"]
-    assert list(ledger["value"]) == [0.25, 0.25, 0.5, 0.125]
-    assert list(ledger["notebook"]) == ["02", "02", "04", "02"]
-    assert ledger["ci_low"].isna().all() and ledger["n"].tolist() == [12] * 4
-    assert ledger["ci_high"].tolist() == pytest.approx([1 / 3] * 4, rel=1e-8)
+    assert list(ledger["claim"]) == ["A2a", "A3a", "A4b"]  # 02 has nothing to say of A1a any more
+    assert list(ledger["value"]) == [0.25, 0.5, 0.125]
+    assert list(ledger["notebook"]) == ["02", "04", "02"]
+    assert ledger["ci_low"].isna().all() and ledger["n"].tolist() == [12] * 3
+    assert ledger["ci_high"].tolist() == pytest.approx([1 / 3] * 3, rel=1e-8)
     assert [file.name for file in path.parent.iterdir()] == ["claims.csv"]
 
 
 def test_recording_twice_leaves_the_same_bytes(tmp_path):
     path, again = tmp_path / "claims.csv", tmp_path / "again.csv"
-    claims.record(path, [claim("A1a"), claim("A2a", 1 / 7)])
+    claims.record(path, [claim("A1a"), claim("A2a", 1 / 7, "04")])
     before = path.read_bytes()
     assert before.startswith(b"claim,statement,statistic,value,ci_low,ci_high,n,verdict,notebook\nA1a,")
-    claims.record(path, [claim("A1a"), claim("A2a", 1 / 7)])
-    claims.record(again, [claim("A2a", 1 / 7)])
+    claims.record(path, [claim("A1a"), claim("A2a", 1 / 7, "04")])
+    claims.record(again, [claim("A2a", 1 / 7, "04")])
     claims.record(again, [claim("A1a")])
     assert path.read_bytes() == before == again.read_bytes()
 
@@ -292,16 +293,24 @@ def test_a_kill_while_writing_leaves_the_old_ledger(tmp_path, monkeypatch):
     claims.record(path, [claim("A1a")])
     before = path.read_bytes()
 
-    def killed(table, file, **options):
+    def killed(file, data):
         file.write_text("claim,stat")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pd.DataFrame, "to_csv", killed)
+        patch.setattr(Path, "write_bytes", killed)
         claims.record(path, [claim("A2a")])
     assert path.read_bytes() == before
-    claims.record(path, [claim("A2a")])
+    claims.record(path, [claim("A2a", notebook="04")])
     assert list(claims.read(path)["claim"]) == ["A1a", "A2a"]
+
+
+def test_what_cannot_be_tested_is_a_row_with_its_reason(tmp_path):
+    (row,) = claims.left_out([claims.Criterion("B9a", "It", "Mean", 0.0)], "3 images are too few", notebook="11")
+    ledger = claims.record(tmp_path / "claims.csv", [row])
+    assert ledger.loc[0, ["claim", "statement", "notebook"]].tolist() == ["B9a", "It", "11"] and ledger.loc[0, "n"] == 0
+    assert ledger.loc[0, "statistic"] == "Left out: 3 images are too few"
+    assert ledger.loc[0, "verdict"] == "not testable here" and np.isnan(ledger.loc[0, "value"])
 
 
 def test_what_is_no_ledger_is_not_overwritten(tmp_path):
@@ -326,5 +335,5 @@ def test_the_caveat_says_how_a_run_departs_from_the_papers_setting():
     )
     own = claims.caveat(Profile.load("paper", {"source": "my/photos"}))
     assert "images are those of my/photos, not Conceptual Captions: " in own and "model" not in own
-    other = claims.caveat(Profile.load("paper", {"model": "ViT-B-16"}))
-    assert other.startswith("This run's model is ViT-B-16 openai, not OpenAI's ViT-B/32: ")
+    other = claims.caveat(Profile.load("paper", {"model": "ViT-B-16/openai"}))
+    assert other.startswith("This run's model is ViT-B-16/openai, not OpenAI's ViT-B/32: ")

@@ -41,11 +41,11 @@ def test_each_statistic_by_hand():
     assert {row.n for row in rows.values()} == {20}
 
 
-def test_a_place_of_its_own_has_letters_of_its_own():
+def test_an_earlier_block_has_letters_of_its_own():
     found = made(act_x_grad=(0.1, 0.9), logit_lens=(0.2, 0.8), integrated_gradients=(0.1, 0.9), random=(0.5, 0.5))
-    rows = rows_of(found, letters="def", where="patches after block 3")
+    rows = rows_of(found, criteria=claims_latents.EARLIER)
     assert list(rows) == ["B1d", "B1e", "B1f"] and {row.verdict for row in rows.values()} == {"reproduced"}
-    assert all(row.statement.endswith("; patches after block 3") for row in rows.values())
+    assert all(row.statement.endswith("; patches at an earlier block") for row in rows.values())
 
 
 def test_nothing_to_divide_by_is_not_testable():

@@ -76,7 +76,7 @@ def test_a_few_images_are_left_out_by_name(open_run, tmp_path):
     folder.mkdir()
     for i in range(3):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i}.png")
-    assert open_run(source=str(folder)).left_out == "3 images are too few to learn a dictionary from (at least 100)"
+    assert open_run(source=str(folder)).left_out == "too few images to learn a dictionary from (3, of at least 100)"
 
 
 def test_learned_once_then_read_and_refused_elsewhere(encoders, tmp_path):

@@ -6,7 +6,12 @@ All weights are random: small models saved as the local folders that `Encoder.lo
 import hashlib
 import json
 import pickle
+import socket
+import time
+from functools import partial
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -17,8 +22,8 @@ from scipy.ndimage import gaussian_filter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from clipshift_core import checkpoints, hooks
 from clipshift_core import encoder as room
-from clipshift_core import hooks
 from clipshift_core.attention import AttentionError
 from clipshift_core.encoder import Encoder, EncoderError
 from clipshift_core.fastpath import Linear, shift_error
@@ -88,7 +93,8 @@ def squares(n=5, size=64, seed=0):
 
 
 def through_openclip(model, transform, images):
-    return model.encode_image(torch.stack([transform(Image.fromarray(image)) for image in images]))
+    """OpenCLIP's own embeddings; CoCa's would have length 1 if nothing were said."""
+    return model.encode_image(torch.stack([transform(Image.fromarray(image)) for image in images]), normalize=False)
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -98,6 +104,33 @@ def test_preprocess_is_openclips_own_at_the_models_size(tiny, oracle):
     images = squares()
     wanted = torch.stack([oracle[1](Image.fromarray(image)) for image in images])
     assert torch.equal(tiny.preprocess(images), wanted)
+
+
+PIXELS = [
+    {"interpolation": interpolation, "resize_mode": mode, "mean": [0.0] * 3, "std": [1.0] * 3}
+    for interpolation in ("bicubic", "bilinear")
+    for mode in ("shortest", "longest", "squash")
+]
+
+
+@pytest.mark.parametrize("pixels", PIXELS, ids=lambda pixels: f"{pixels['resize_mode']} {pixels['interpolation']}")
+def test_preprocess_by_the_models_own_settings(tmp_path, pixels):
+    folder = save_model(tmp_path / "model")
+    rewrite(folder, preprocess_cfg=pixels)
+    transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
+    found = Encoder.load(str(folder), device="cpu")
+    for size in (64, 150, 40):
+        images = squares(2, size)
+        wanted = torch.stack([transform(Image.fromarray(image)) for image in images])
+        difference = (found.preprocess(images) - wanted).abs()
+        assert difference.max() <= (size != 64) * 1.001 / 255 and (difference > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [[64, 96], [96, 64]])
+def test_a_model_of_images_that_are_not_square_is_refused(tmp_path, size):
+    folder = save_model(tmp_path / "model", {"image_size": size})
+    with pytest.raises(EncoderError, match=f"model: its images are {size[0]} x {size[1]}; only square inputs are"):
+        Encoder.load(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("size", [96, 224, 40])
@@ -426,10 +459,11 @@ def test_half_precision_weights_load_as_float32(folder, tmp_path):
     assert torch.equal(found.model.visual.proj, stored["visual.proj"].half().float())
 
 
-def rewrite(folder, **vision):
+def rewrite(folder, preprocess_cfg=None, **vision):
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"] |= vision
+    config["preprocess_cfg"] |= preprocess_cfg or {}
     path.write_text(json.dumps(config))
 
 
@@ -464,20 +498,272 @@ def test_a_spoiled_folder_is_one_clear_error(tmp_path, spoil, message):
     assert "model" in str(caught.value) and "\n" not in str(caught.value)
 
 
+# --- weights files ----------------------------------------------------------------------------------------
+
+
 class Bomb:
+    """What, unpickled, would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (exec, ("raise SystemExit('code of the weights file ran')",))
+        return (Path.write_text, (self.path, "code of the weights file ran"))
 
 
-def test_nothing_in_a_weights_file_is_executed(tmp_path):
+def explosive(path, target):
+    """Weights files that hold code, in the three forms that torch reads pickles in."""
+    state = {"logit_scale": torch.ones(()), "visual.proj": Bomb(target)}
+    return {
+        "torch.save": lambda: torch.save({"state_dict": state}, path),
+        "before torch 1.6": lambda: torch.save(state, path, _use_new_zipfile_serialization=False),
+        "pickle": lambda: path.write_bytes(pickle.dumps(Bomb(target), protocol=2)),
+    }
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The name of a small model, as if OpenCLIP had it; with the pixels of SigLIP in two of its three tags."""
+    config = {"embed_dim": 48, "vision_cfg": VISION, "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", config)
+    tags = {name: {"mean": (0.5,) * 3, "std": (0.5,) * 3, "hf_hub": "some/model/"} for name in ("one", "two")}
+    tags["three"] = {"mean": (0.4,) * 3, "std": (0.3,) * 3, "quick_gelu": True, "hf_hub": "some/other/"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
+    return "small"
+
+
+@pytest.mark.parametrize("form", explosive(None, None))
+@pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin", "open_clip_model.pth"])
+def test_nothing_in_a_weights_file_is_executed(tmp_path, small, form, name):
+    target = tmp_path / "written"
     folder = save_model(tmp_path / "model")
     (folder / "open_clip_model.safetensors").unlink()
-    torch.save({"state_dict": Bomb()}, folder / "open_clip_pytorch_model.bin")
-    with pytest.raises(EncoderError, match="cannot be loaded"):
-        Encoder.load(str(folder), device="cpu")
-    (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(EncoderError, match="cannot be loaded"):
-        Encoder.load(str(folder), device="cpu")
+    explosive(folder / name, target)[form]()
+    asked = [(small, str(folder / name))]
+    if not name.endswith(".pt"):  # OpenCLIP does not look for these in a folder
+        asked += [(str(folder),), (f"local-dir:{folder}",)]
+    for arguments in asked:
+        with pytest.raises(EncoderError, match=f"{name} cannot be loaded: .*nothing but tensors is read") as caught:
+            Encoder.load(*arguments, device="cpu")
+        assert "\n" not in str(caught.value) and not target.exists()
+
+
+def test_the_bombs_would_go_off(tmp_path):
+    """What the test above refuses really is code."""
+    for index, form in enumerate(explosive(None, None)):
+        target, path = tmp_path / f"written {index}", tmp_path / "weights.pt"
+        explosive(path, target)[form]()
+        if form == "pickle":
+            pickle.loads(path.read_bytes())
+        else:
+            torch.load(path, weights_only=False)
+        assert target.exists()
+
+
+def training_checkpoint(state):
+    """As OpenCLIP's own training writes it, from a model that was distributed."""
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    return {"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": optimizer}
+
+
+WRITTEN = {
+    "safetensors": ("weights.safetensors", save_file),
+    "pt": ("weights.pt", torch.save),
+    "bin": ("weights.bin", torch.save),
+    "before torch 1.6": ("weights.pth", partial(torch.save, _use_new_zipfile_serialization=False)),
+    "training": ("epoch_3.pt", lambda state, path: torch.save(training_checkpoint(state), path)),
+    "half": ("half.pt", lambda state, path: torch.save({key: value.half() for key, value in state.items()}, path)),
+}
+
+
+@pytest.mark.parametrize("name, write", WRITTEN.values(), ids=WRITTEN)
+def test_a_weights_file_of_ones_own(tmp_path, folder, small, name, write):
+    stored = load_file(folder / "open_clip_model.safetensors")
+    write(stored, tmp_path / name)
+    found = Encoder.load(small, str(tmp_path / name), device="cpu")
+    assert found.name == f"small@{name}" and found.vision == "fast"
+    assert found.weights_hash == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    state = found.model.state_dict()
+    for key, value in stored.items():
+        assert torch.equal(state[key], value.half().float() if "half" in name else value)
+    # The pixels of most of the tags, and the activation of the name.
+    grey = found.preprocess(np.full((1, 64, 64, 3), 128, np.uint8))
+    assert grey.unique().tolist() == pytest.approx([(128 / 255 - 0.5) / 0.5], abs=1e-6)
+    assert type(found.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"
+
+
+@pytest.mark.parametrize("key", ["visual.positional_embedding", "positional_embedding"])
+@pytest.mark.parametrize("name", ["safetensors", "pt", "training", "before torch 1.6"])
+def test_a_stretched_position_embedding_is_an_error_in_any_file(tmp_path, folder, small, name, key):
+    stored = load_file(folder / "open_clip_model.safetensors")
+    stored[key] = torch.zeros(26, 96) if "visual" in key else torch.zeros(16, 64)  # 5 x 5 patches; 16 words
+    name, write = WRITTEN[name]
+    write(stored, tmp_path / name)
+    here = "17, 96" if "visual" in key else "12, 64"
+    with pytest.raises(EncoderError, match=rf"{key} is \[\d+, \d+\] in {name}, but \[{here}\] by the config"):
+        Encoder.load(small, str(tmp_path / name), device="cpu")
+
+
+def test_a_stretched_text_position_of_an_older_class_is_an_error(tmp_path, folder, small, monkeypatch):
+    """OpenCLIP renames such a file's text tower while it loads; the names in the file are the old ones."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS[small], "custom_text", True)
+    stored = load_file(folder / "open_clip_model.safetensors")
+    torch.save(stored, tmp_path / "old.pt")
+    assert torch.equal(
+        Encoder.load(small, str(tmp_path / "old.pt"), device="cpu").model.text.positional_embedding,
+        stored["positional_embedding"],
+    )
+    torch.save(stored | {"positional_embedding": torch.zeros(16, 64)}, tmp_path / "old.pt")
+    with pytest.raises(EncoderError, match=r"positional_embedding is \[16, 64\] in old.pt, but \[12, 64\]"):
+        Encoder.load(small, str(tmp_path / "old.pt"), device="cpu")
+
+
+def scripted(state, path):
+    """A TorchScript archive of a module with these tensors and, as in OpenAI's archives, a size among them."""
+    root = torch.nn.Module()
+    root.register_buffer("input_resolution", torch.tensor(64))
+    for key, value in state.items():
+        *owners, last = key.split(".")
+        owner = root
+        for name in owners:
+            if not hasattr(owner, name):
+                owner.add_module(name, torch.nn.Module())
+            owner = getattr(owner, name)
+        owner.register_parameter(last, torch.nn.Parameter(value, requires_grad=False))
+    torch.jit.save(torch.jit.script(root), path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_archive_is_refused_with_a_way_that_works(tmp_path, folder, small):
+    stored, archive, made = load_file(folder / "open_clip_model.safetensors"), tmp_path / "B-32.pt", tmp_path / "new.pt"
+    scripted(stored, archive)
+    with pytest.raises(EncoderError, match=r"B-32.pt cannot be loaded: it is a TorchScript archive") as caught:
+        Encoder.load(small, str(archive), device="cpu")
+    way = str(caught.value).split("makes of it: ")[1]
+    exec(way, {"torch": torch, "FILE": archive, "NEW": made})
+    assert torch.equal(Encoder.load(small, str(made), device="cpu").model.visual.proj, stored["visual.proj"])
+
+
+UNREAD_FILES = {
+    "no names": ("weights.pt", lambda path: torch.save([torch.ones(2)], path), "holds no tensors under names"),
+    "no tensors": ("weights.pt", lambda path: torch.save({"epoch": 3}, path), "holds no tensors under names"),
+    "empty": ("weights.pt", lambda path: path.touch(), "weights.pt cannot be loaded"),
+    "text": ("weights.bin", lambda path: path.write_text("version https://git-lfs"), "weights.bin cannot be loaded"),
+    "cut zip": (
+        "weights.pt",
+        lambda path: (torch.save({"a": torch.ones(9999)}, path), path.write_bytes(path.read_bytes()[:9999])),
+        "weights.pt cannot be loaded",
+    ),
+    "text as safetensors": ("weights.safetensors", lambda path: path.write_text("<html>"), "cannot be loaded"),
+    "numpy": ("weights.npz", lambda path: np.savez(path, a=np.ones(2)), "accepted: .safetensors, .pt, .pth, .bin"),
+    "other tensors": ("weights.pt", lambda path: torch.save({"a": torch.ones(2)}, path), "Missing key"),
+    "not there": (
+        "weights.pt",
+        lambda path: None,
+        "no such file; wanted for small: one, two, three, or a weights file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name, write, message", UNREAD_FILES.values(), ids=UNREAD_FILES)
+def test_a_file_that_is_no_weights_file_is_one_clear_error(tmp_path, small, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(EncoderError, match=message) as caught:
+        Encoder.load(small, str(tmp_path / name), device="cpu")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_hash_of_the_file_that_openclip_takes_of_several(tmp_path):
+    folder = save_model(tmp_path / "model")
+    stored = load_file(folder / "open_clip_model.safetensors")
+    torch.save({key: torch.zeros_like(value) for key, value in stored.items()}, folder / "open_clip_pytorch_model.bin")
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+    found = Encoder.load(str(folder), device="cpu")
+    assert found.weights_hash == hashlib.sha256((folder / "open_clip_model.safetensors").read_bytes()).hexdigest()
+    assert torch.equal(found.model.visual.proj, stored["visual.proj"])
+
+
+def test_weights_are_not_held_twice_while_they_load(tmp_path, small, folder, monkeypatch):
+    """A pickle's tensors are read in place: torch maps the file, when it is looked at and when it is loaded."""
+    path, mapped, from_file = tmp_path / "weights.pt", [], torch.UntypedStorage.from_file
+    torch.save(load_file(folder / "open_clip_model.safetensors"), path)
+
+    def counted(name, *arguments, **options):
+        mapped.append(name)
+        return from_file(name, *arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", counted)
+    Encoder.load(small, str(path), device="cpu")
+    assert mapped == [str(path)] * 2
+    torch.load(path, weights_only=True)
+    assert len(mapped) == 2  # and not from then on
+
+
+# --- the hub ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that nobody listens for, an empty cache, and a count of the requests that are tried."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return address
+
+
+@pytest.mark.parametrize("arguments", [("ViT-B-32", "openai"), ("hf-hub:timm/whatever",), ("hf-hub:nonsense",)])
+def test_a_hub_out_of_reach_is_one_clear_error_at_once(hub, arguments):
+    start = time.perf_counter()
+    with pytest.raises(EncoderError, match=f"{'/'.join(arguments)}: cannot be fetched from {hub} .*refused") as caught:
+        Encoder.load(*arguments, device="cpu")
+    assert time.perf_counter() - start < 3 and "name its folder" in str(caught.value)
+    assert "\n" not in str(caught.value) and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def in_cache(folder, cache, owner="some", model="model"):
+    """The files of a folder as the hub's client keeps them after it has fetched them."""
+    kept = cache / f"models--{owner}--{model}"
+    snapshot = kept / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    for path in folder.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+
+
+def test_what_the_hub_gave_once_is_loaded_without_it(hub, folder, tmp_path, tiny, small):
+    in_cache(folder, tmp_path / "cache")
+    start = time.perf_counter()
+    by_repository = Encoder.load("hf-hub:some/model", device="cpu")
+    by_tag = Encoder.load(small, "one", device="cpu")
+    assert time.perf_counter() - start < 5
+    assert (by_repository.name, by_tag.name) == ("hf-hub:some/model", "small/one")
+    assert by_repository.weights_hash == by_tag.weights_hash == tiny.weights_hash
+    assert torch.equal(by_repository.encode(squares()).embedding, tiny.encode(squares()).embedding)
+    assert by_tag.preprocess(np.full((1, 64, 64, 3), 255, np.uint8)).unique().tolist() == [1.0]
+
+
+def test_a_spoiled_model_in_the_hubs_cache_is_not_called_missing(hub, tmp_path):
+    held = save_model(tmp_path / "held")
+    rewrite(held, layers=4)
+    in_cache(held, tmp_path / "cache")
+    with pytest.raises(EncoderError, match="hf-hub:some/model: cannot be loaded by OpenCLIP: .*Missing key"):
+        Encoder.load("hf-hub:some/model", device="cpu")
+
+
+def test_a_pickle_with_code_from_the_hub_is_refused(hub, folder, tmp_path):
+    held, target = tmp_path / "held", tmp_path / "written"
+    held.mkdir()
+    (held / "open_clip_config.json").write_bytes((folder / "open_clip_config.json").read_bytes())
+    explosive(held / "open_clip_pytorch_model.bin", target)["torch.save"]()
+    in_cache(held, tmp_path / "cache")
+    with pytest.raises(EncoderError, match=r"hf-hub:some/model: open_clip_pytorch_model.bin cannot be loaded"):
+        Encoder.load("hf-hub:some/model", device="cpu")
+    assert not target.exists()
 
 
 @pytest.mark.parametrize(
@@ -506,7 +792,7 @@ def test_a_wrong_device_or_precision_is_one_clear_error(folder):
         Encoder.load(str(folder), "openai")
 
 
-def test_weights_trained_with_quick_gelu_get_it(tiny, monkeypatch):
+def test_weights_trained_with_quick_gelu_get_it(tiny, folder, monkeypatch):
     asked = []
 
     def create_model(*arguments, **options):
@@ -514,6 +800,8 @@ def test_weights_trained_with_quick_gelu_get_it(tiny, monkeypatch):
         return tiny.model
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: folder / "open_clip_model.safetensors")
+    monkeypatch.setattr(checkpoints, "_out_of_reach", lambda: "")
     for tag in ("openai", "laion2b_s34b_b79k"):
         assert Encoder.load("ViT-B-32", tag, device="cpu").name == f"ViT-B-32/{tag}"
     assert [options["force_quick_gelu"] for options in asked] == [True, False]

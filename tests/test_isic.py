@@ -232,3 +232,10 @@ def test_the_study_on_a_folder_from_end_to_end(folder):
     table = lesion_latents.suppressed(images, readers, splice, latents, n_draws=3, **SETTINGS)
     assert set(table["measure"]) == {"accuracy", *(f"gap of {name}" for name in found.artefacts)}
     assert table["value"].notna().all()
+
+
+def test_values_over_several_lines_make_an_error_of_one(tmp_path):
+    folder = simple(tmp_path, "isic_id,benign_malignant,fitzpatrick_skin_type", 'ISIC_0,benign,"VII\n\x1b[31m"')
+    with pytest.raises(IsicError, match=r"fitzpatrick_skin_type of ISIC_0 is 'VII\\n\\x1b\[31m'") as caught:
+        isic.read(folder)
+    assert str(caught.value).isprintable()

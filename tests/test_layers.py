@@ -322,12 +322,6 @@ def test_a_model_that_is_not_there_and_other_pixels_are_refused(bench, monkeypat
         layers.compare_models(bench, ["models/scene-xs12"])
 
 
-def test_names_of_models(bench):
-    assert profiles.named("ViT-B-16/openai") == ("ViT-B-16", "openai")
-    assert profiles.named("models/scene-s16") == ("models/scene-s16", None)  # a folder of the run's root
-    assert profiles.named("hf-hub:timm/vit") == ("hf-hub:timm/vit", None)
-
-
 def shifts_of(rng, n: int) -> pd.DataFrame:
     """Two models that agree but for noise, over n images, in shuffled order; each with a scale of its own."""
     base = rng.gamma(4, 1, size=(n, 9)) * np.arange(1, 10)

@@ -287,3 +287,81 @@ def test_the_digest_follows_contents_not_places(tmp_path):
     assert build(other, n_images=None, seed=0).digest != digest
     (one / "2.png").write_bytes(picture(77))
     assert build(one, n_images=None, seed=0).digest != digest
+
+
+def captions_of(manifest):
+    return dict(zip(manifest.images.image_id, manifest.images.caption.fillna("-"), strict=True))
+
+
+def test_a_table_that_the_user_gives_wins_and_the_rest_keep_what_they_have(tmp_path):
+    files = {f"{name}.png": picture(i) for i, name in enumerate(("a", "b", "sub/c", "d"))}
+    files |= {
+        "a.txt": "beside a",
+        "b.txt": "beside b",
+        "captions.csv": "file,caption\nsub/c.png,theirs\nd.png,theirs\n",
+    }
+    source = folder_of(tmp_path / "s", files)
+    mine = tmp_path / "mine.csv"
+    mine.write_text("caption,file\nmine,a\nmine,./sub\\c.png\nnowhere,z.png\n,d.png\n")
+    manifest = build(source, n_images=None, seed=0, captions=mine)
+    assert captions_of(manifest) == {"a": "mine", "b": "beside b", "sub/c": "mine", "d": "-"}
+    assert manifest.digest != build(source, n_images=None, seed=0).digest
+
+
+EXCEL = "file{0}caption\r\na.png{0}Ein Hund\r\nb.png{0}\u00dcber Gras\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        EXCEL.format(",").encode(),
+        EXCEL.format(",").encode("utf-8-sig"),
+        EXCEL.format(";").encode("utf-8-sig"),
+        EXCEL.format("\t").encode("utf-16"),
+        ("sep=;\r\n" + EXCEL.format(";")).encode("utf-8-sig"),
+        EXCEL.format(",").replace("file", '"File "').replace("\r\n", "\r").encode(),
+        EXCEL.format(",").replace("\r\n", ",,\r\n").encode(),
+    ],
+    ids=["UTF-8", "BOM", "semicolons", "Unicode text", "sep=", "old Mac", "empty columns"],
+)
+def test_tables_as_excel_writes_them(tmp_path, data):
+    source = folder_of(tmp_path / "s", {"a.png": picture(0), "b.png": picture(1)})
+    (tmp_path / "mine.csv").write_bytes(data)
+    found = build(source, n_images=None, seed=0, captions=tmp_path / "mine.csv")
+    assert captions_of(found) == {"a": "Ein Hund", "b": "Über Gras"}
+
+
+def test_a_table_names_members_of_shards_by_name_or_id(tmp_path):
+    for i in range(2):
+        shard_of(tmp_path / "s" / f"part-{i}.tar", {"./000.png": picture(i), f"own-{i}.jpg": picture(9 + i, "JPEG")})
+    mine = tmp_path / "mine.csv"
+    mine.write_text(
+        "file,caption\npart-0/000,by id\npart-1/000.png,by shard and name\nown-0,by stem\nown-1.jpg,by name\n"
+    )
+    found = captions_of(build(tmp_path / "s", n_images=None, seed=0, captions=mine))
+    assert found == {
+        "own-0": "by stem",
+        "own-1": "by name",
+        "part-0/000": "by id",
+        "part-1/000": "by shard and name",
+    }
+    mine.write_text("file,caption\n000.png,which one\n")
+    with pytest.raises(
+        SourceError, match=r"mine.csv: 000.png names 2 images \(part-0/000, part-1/000\); say which, in"
+    ):
+        build(tmp_path / "s", n_images=None, seed=0, captions=mine)
+    mine.write_text("file,caption\nx.png,a\n")
+    with pytest.raises(SourceError, match="mine.csv: names none of the images; it has x.png, not part-0/000"):
+        build(tmp_path / "s", n_images=None, seed=0, captions=mine)
+
+
+def test_names_that_look_the_same_are_told_apart_or_found_by_either_spelling(tmp_path):
+    composed, apart = "caf\u00e9.png", "cafe\u0301.png"
+    mine = tmp_path / "mine.csv"
+    mine.write_text(f"file,caption\n{composed},composed\n{apart},apart\n")
+    both = folder_of(tmp_path / "both", {composed: picture(0), apart: picture(1)})
+    found = build(both, n_images=None, seed=0, captions=mine).images
+    assert dict(zip(found.path, found.caption, strict=True)) == {composed: "composed", apart: "apart"}
+    mine.write_text(f"file,caption\n{composed},composed\n")
+    one = folder_of(tmp_path / "one", {apart: picture(1)})  # as macOS has it, while the table is from elsewhere
+    assert list(build(one, n_images=None, seed=0, captions=mine).images.caption) == ["composed"]

@@ -18,7 +18,7 @@ import pytest
 
 from clipshift_core.profiles import ROOT
 from clipshift_core.publish import WIDGET, clean
-from clipshift_core.reproduce import KERNELSPEC, PARAMETERS, parameters_of
+from clipshift_core.series import KERNELSPEC, PARAMETERS, parameters_of
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 EXECUTED = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -32,7 +32,7 @@ def test_shipped_profiles_are_sound(name):
 
 def test_paper_profile_is_the_paper_setting():
     paper = Profile.load("paper")
-    assert (paper.model, paper.pretrained, paper.n_images) == ("ViT-B-32", "openai", 13312)
+    assert (paper.model, paper.n_images) == ("ViT-B-32/openai", 13312)
 
 
 def test_a_file_of_ones_own_is_read_as_is(root):
@@ -49,7 +49,7 @@ def test_digest_is_of_every_field(root):
     profile = Profile.load("small")
     by_hand = {field.name: getattr(profile, field.name) for field in fields(profile)}
     assert profile.digest == hashlib.sha256(json.dumps(by_hand, sort_keys=True).encode()).hexdigest()
-    changes = {"seed": 1, "n_images": 2, "device": "cpu", "pretrained": "x", "classes": "c", "batch_size": 1}
+    changes = {"seed": 1, "n_images": 2, "device": "cpu", "captions": "x", "classes": "c", "batch_size": 1}
     assert len({Profile.load("small", {key: value}).digest for key, value in changes.items()}) == len(changes)
 
 
@@ -96,9 +96,21 @@ def test_unknown_profile_names_the_known(root):
         Profile.load("smal")
 
 
+def test_a_model_has_one_name(root):
+    named = profiles.named
+    assert named("ViT-B-16/openai") == ("ViT-B-16", "openai") and named("ViT-B/16/openai") == ("ViT-B/16", "openai")
+    assert named("models/tiny") == named("local-dir:models/tiny") == (str(root / "models/tiny"), None)
+    assert named("hf-hub:timm/vit") == ("hf-hub:timm/vit", None)
+    assert named("ViT-B-16@own/epoch_3.pt") == ("ViT-B-16", str(root / "own/epoch_3.pt"))
+    assert named("ViT-B-16") == ("ViT-B-16", None) and named("models/none") == (str(root / "models/none"), None)
+    (root / "ViT-B-16" / "openai").mkdir(parents=True)  # a folder that is there wins
+    assert named("ViT-B-16/openai") == (str(root / "ViT-B-16/openai"), None)
+
+
 def test_check_passes_for_what_is_there(root):
     Profile.load("small").check()
-    Profile.load("small", {"model": "ViT-B-32", "pretrained": "openai"}).check()
+    others = {"models": ["ViT-B/16/openai"], "labeller": "local-dir:models/tiny"}
+    Profile.load("small", {"model": "ViT-B-32/openai"} | others).check()
     Profile.load("small", {"model": "hf-hub:someone/model"}).check()
     Profile.load("small", {"source": "photos/a.png"}).check()
 
@@ -110,7 +122,13 @@ def test_check_passes_for_what_is_there(root):
         ({"source": "models/tiny"}, "is an empty folder"),
         ({"model": "models/none"}, "none: no such folder"),
         ({"model": "ViT-B-32"}, "needs a tag of weights"),
+        ({"model": "ViT-B-32@weights.pt"}, "no checkpoint file .*weights.pt"),
+        ({"model": "ViT-B32/openai"}, "ViT-B32/openai: no such folder; .*near this name: ViT-B-32"),
+        ({"models": ["models/none"]}, "models .*none: no such folder"),
+        ({"labeller": "ViT-B-32"}, "labeller 'ViT-B-32': an OpenCLIP name needs a tag"),
         ({"classes": "names.txt"}, "names.txt: no such file"),
+        ({"captions": "captions.csv"}, "captions.csv: no such file"),
+        ({"source": "nowhere", "fetch": "links.tsv"}, "nowhere: does not exist; .*or fetch .*links.tsv, which is not"),
     ],
 )
 def test_check_refuses_what_is_not_there(root, overrides, said):

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from clipshift_core import claims, profiles, progress, provenance, publish, reproduce
 from clipshift_core.profiles import ProfileError
-from clipshift_core.reproduce import RunError, overrides_from, run
+from clipshift_core.reproduce import overrides_from, run
+from clipshift_core.series import RunError
 
 HEAD = '# %% tags=["parameters"]\nprofile = "small"\noverrides = {}\n\n# %%\n'
 FIRST = HEAD + "from pathlib import Path\nprint(profile, overrides, Path.cwd().name)\n"
@@ -83,7 +84,7 @@ def test_a_run_leaves_notebooks_products_and_its_record(finished):
     assert record["parameters"] == {"profile": "small", "overrides": {"n_images": 7}}
     assert record["profile"]["n_images"] == 7 and record["digest"] == result.profile.digest
     assert set(record["notebooks"]) == {"00_first", "01_second"} and record["notebooks"]["00_first"]["seconds"] > 0
-    assert set(record["weights"]) == {"open_clip_model.safetensors"} and record["inputs"]["images"]["files"] == 1
+    assert record["weights"] == {} and record["inputs"]["images"]["files"] == 1  # no notebook loaded a model
     assert record["seeds"] == {"profile": 0} and record["versions"]["torch"] and record["device"]
     assert record["commit"] is None and record["dirty"] is None  # no clone
     assert not (run_dir / "progress.txt").exists()
@@ -223,19 +224,35 @@ def test_a_profile_file_reaches_the_kernels_as_an_absolute_path(stand_in, monkey
     assert record["parameters"]["profile"] == str(stand_in / "mine.yaml")
 
 
-def test_images_and_model_make_a_run_of_their_own(tmp_path, monkeypatch):
+def test_what_a_user_brings_makes_a_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "My photos").mkdir()
-    (tmp_path / "vit").mkdir()
-    assert overrides_from(["n_images=4", "classes=null"], "demo", None, None) == {"n_images": 4, "classes": None}
-    both = overrides_from(["seed=2"], "demo", "My photos", "vit")
-    assert both["name"] == "demo-My-photos-vit" and both["seed"] == 2
-    assert both["source"] == str(tmp_path / "My photos") and both["model"] == str(tmp_path / "vit")
-    named = overrides_from(["pretrained=openai"], "paper", None, "ViT-B-16")
-    other_model = dict.fromkeys(profiles.DICTIONARIES)  # each fits its own model alone
-    assert named == {"name": "paper-ViT-B-16", "model": "ViT-B-16", "pretrained": "openai"} | other_model
-    assert overrides_from([], "demo", None, "hf-hub:a/b")["model"] == "hf-hub:a/b"
-    assert overrides_from([], "demo", "", "") == {}
+    for name in ("My photos", "vit"):
+        (tmp_path / name).mkdir()
+    assert overrides_from(["n_images=4", "classes=null"], "demo", {}) == {"n_images": 4, "classes": None}
+    no_lists, no_dictionaries = dict.fromkeys(("classes", "captions", "fetch")), dict.fromkeys(profiles.DICTIONARIES)
+    both = overrides_from(["seed=2"], "demo", {"images": "My photos", "model": "vit"})
+    assert both == no_lists | no_dictionaries | {
+        "name": "demo-My-photos-vit", "seed": 2, "source": str(tmp_path / "My photos"), "model": str(tmp_path / "vit"),
+        "vocabulary": "imagenet",
+    }  # fmt: skip
+    lists = overrides_from([], "demo", {"images": "My photos", "captions": "c.csv", "classes": "animals.txt"})
+    assert lists == {
+        "name": "demo-My-photos-c.csv-animals.txt", "source": str(tmp_path / "My photos"), "fetch": None,
+        "captions": str(tmp_path / "c.csv"), "classes": str(tmp_path / "animals.txt"),
+    }  # fmt: skip
+    named = overrides_from([], "paper", {"model": "ViT-B-16/openai"})
+    assert named == {"name": "paper-ViT-B-16-openai", "model": "ViT-B-16/openai"} | no_dictionaries
+    assert overrides_from(["sae=mine"], "paper", {"model": "vit"})["sae"] == "mine"  # SET wins
+    strings = {
+        "hf-hub:a/b": ("hf-hub:a/b", "demo-a-b"),
+        "local-dir:vit": (str(tmp_path / "vit"), "demo-vit"),
+        "./none": (str(tmp_path / "none"), "demo-none"),
+        "ViT-B-16@epoch 3.pt": (f"ViT-B-16@{tmp_path / 'epoch 3.pt'}", "demo-ViT-B-16-epoch-3.pt"),
+    }
+    for string, (model, name) in strings.items():
+        found = overrides_from([], "demo", {"model": string})
+        assert (found["model"], found["name"]) == (model, name)
+    assert overrides_from([], "demo", {"images": "", "model": ""}) == {}
 
 
 def test_a_kernel_can_note_its_progress(tmp_path):

@@ -113,6 +113,9 @@ DAMAGE = {
     "format": (edited(format=2), "format is 2, wanted is 1"),
     "variant": (edited(variant="gated"), "variant 'gated'.*accepted: topk"),
     "settings": (edited_in("settings", lambda settings: settings.update(width=7)), "not a TopK of .*'width': 7"),
+    "text for a number": (edited_in("statistics", lambda seen: seen.update(scale="1")), "is damaged: TypeError"),
+    "a size beyond memory": (edited_in("settings", lambda settings: settings.update(n_latents=10**12)), "W_dec has"),
+    "nested without end": (lambda folder: (folder / "sae.json").write_text("[" * 10**5), "sae.json: cannot be read"),
     "mean": (edited_in("statistics", lambda seen: seen["mean"].pop()), r"statistics of shape \(5,\)"),
     "scale": (edited_in("statistics", lambda seen: seen.update(scale=0.0)), "scale 0.0"),
 }

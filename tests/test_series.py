@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
         Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.jpg", quality=95)
     (folder / "cut off.jpg").write_bytes((folder / "coffee.jpg").read_bytes()[:9000])
     (folder / "empty.png").touch()
-    overrides = overrides_from(["n_bootstrap=200"], "demo", str(folder), None)
+    overrides = overrides_from(["n_bootstrap=200"], "demo", {"images": str(folder)})
     result = run("demo", overrides, console=Console(quiet=True))
     yield result
     shutil.rmtree(result.profile.run_dir)

@@ -46,6 +46,15 @@ def own(**vision):
     return made(model, 48)
 
 
+def coca(**vision):
+    """CoCa, whose embeddings OpenCLIP would divide by their length by default."""
+    torch.manual_seed(0)
+    pooler = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 3, "output_tokens": True}
+    decoder = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 1, "layers": 1}
+    text = TEXT | {"embed_cls": True, "output_tokens": True}
+    return made(open_clip.coca_model.CoCa(24, decoder, text, VISION | pooler | vision), 48, "coca")
+
+
 def of_timm(pool="token", trunk=None, size=160):
     """OpenCLIP's adapter of timm's smallest vision transformer, or with another trunk put in."""
     torch.manual_seed(0)
@@ -69,6 +78,8 @@ TOWERS = {
     "qk norm": lambda: own(qk_norm=True),
     "mean over patches": lambda: own(pool_type="avg"),
     "mean, then norm": lambda: own(pool_type="avg", final_ln_after_pool=True),
+    "coca": coca,
+    "coca, mean over queries": lambda: coca(pool_type="avg", final_ln_after_pool=True),
     "timm, class token": lambda: of_timm(),
     "timm, mean": lambda: of_timm("avg"),
     "timm, attention pooling": lambda: of_timm(
@@ -107,7 +118,7 @@ def through_openclip(encoder, images, layer, change=lambda stream: stream):
 
     handle = blocks_of(encoder)[layer].register_forward_hook(replace)
     pixels = encoder.preprocess(images)
-    embedding = encoder.model.encode_image(pixels.to(next(encoder.model.visual.parameters()).dtype))
+    embedding = encoder.model.encode_image(pixels.to(next(encoder.model.visual.parameters()).dtype), normalize=False)
     handle.remove()
     return embedding, kept[0]
 
@@ -164,7 +175,7 @@ def test_which_tokens_the_head_reads():
     reads = {name: tail(tower(name), -1).reads for name in TOWERS}
     assert [reads[name] for name in ("class token", "timm, class token", "timm, rotary")] == ["class"] * 3
     assert reads["mean over patches"] == reads["mean, then norm"] == reads["timm, mean"] == "spatial"
-    assert reads["timm, attention pooling"] == "spatial"
+    assert reads["timm, attention pooling"] == "spatial" and reads["coca"] == "all"
     assert tail(tower("timm, rotary by block, registers"), 0).n_before == 3
 
 
@@ -197,7 +208,10 @@ UNKNOWN = {
     "no head": (lambda: no_part("timm, class token", lambda v: delattr(v, "head")), r"\(TimmModel\): found no head"),
     "no blocks": (lambda: no_part("timm, mean", lambda v: delattr(v.trunk, "blocks")), "visual.trunk .* no blocks"),
     "pooling": (lambda: no_part("class token", lambda v: setattr(v, "pool_type", "none")), "it pools by 'none'"),
-    "attentional pooler": (lambda: own(attentional_pool=True, attn_pooler_queries=1), "its part attn_pool is not one"),
+    "two poolers": (
+        lambda: own(attentional_pool="parallel", attn_pooler_heads=2, width=24, head_width=12),
+        "its part attn_pool_contrastive is not one",
+    ),
     "a step behind": (
         lambda: with_output(own(), lambda y: 1.001 * y),
         r"block 1 differs by 1\.0e-03 .* more than 1e-05",
@@ -222,6 +236,9 @@ PLACES = [
     ("scene-s16", 0, "spatial", BatchTopK),
     ("class token", 0, "class", PublishedTopK),
     ("mean over patches", -1, "spatial", TopK),
+    ("coca", -1, "class", TopK),
+    ("coca", -1, "spatial", BatchTopK),
+    ("coca, mean over queries", 0, "spatial", TopK),
     ("timm, class token", -1, "class", TopK),
     ("timm, mean", -1, "spatial", TopK),
     ("timm, attention pooling", 0, "spatial", TopK),

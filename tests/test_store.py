@@ -1,10 +1,12 @@
 """The store: what is on disk is complete or not there, however a run ended, and reads back labelled."""
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +199,18 @@ def test_zeros_and_nan_are_written_like_any_value(tmp_path):
         held.write(index, {name: np.zeros_like(x) for name, x in part.items()})
     assert opened(tmp_path).missing() == []
     assert isinstance(held.dataset(), xr.Dataset) and float(held.dataset()["rank"].sum()) == 0
+
+
+def test_what_another_is_writing_is_not_cleared_away(tmp_path):
+    """A reader opens the store between a chunk and its marker: it waits, and the chunk stays."""
+    held, waited = opened(tmp_path), []
+    reader = threading.Thread(target=lambda: waited.append(opened(tmp_path).missing()))
+    with store._held(held.path, fcntl.LOCK_SH):  # as in the middle of `write`
+        data = held.path / "embedding/c/3/0/0"
+        data.parent.mkdir(parents=True)
+        data.write_bytes(b"half of it")
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive() and data.exists()
+    reader.join()
+    assert waited == [list(range(6))] and not data.exists()
