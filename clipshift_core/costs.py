@@ -155,7 +155,7 @@ def model(settings: dict[str, Any]) -> Model:
     visual = made.visual
     try:
         blocks = attention.n_blocks(visual), attention.n_heads(visual)
-        grid, points = attention.patch_grid(visual), ["token.0"]
+        grid, points = attention.patch_grid(visual), ["token.0"] if blocks[0] else []
     except attention.AttentionError:
         blocks, grid, points = (0, 0), (0, 0), []
     size = int(np.max(visual.image_size))
@@ -171,7 +171,7 @@ def model(settings: dict[str, Any]) -> Model:
         n_heads=blocks[1],
         width=found["token.0"].shape[1] if points else 0,
         grid=tuple(grid),
-        has_map=bool(points) and bool(hooks.readable(visual, ["attention.-1"])),
+        has_map=grid != (0, 0) and bool(hooks.readable(visual, ["attention.-1"])),
         n_parameters=sum(p.numel() for p in made.parameters()),
         image_flops=image_flops,
         text_flops=text_flops,

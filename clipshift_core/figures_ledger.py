@@ -34,8 +34,8 @@ def claims(table: pd.DataFrame) -> go.Figure:
     figure = canvas(
         "The ledger: which claims hold in this run",
         "each statistic with its 95 % interval, scaled row by row; right of the line is the claim's side of its bound",
-        height=130 + ROW * len(table),
-        margin={"l": 20, "r": 200, "t": 112, "b": 30},
+        height=148 + ROW * len(table),
+        margin={"l": 20, "r": 200, "t": 130, "b": 30},
         xaxis={
             "range": [-1.08, 1.08],
             "showticklabels": False,
@@ -47,6 +47,8 @@ def claims(table: pd.DataFrame) -> go.Figure:
     )
     for verdict, (colour, symbol) in VERDICTS.items():
         rows = [_scaled(row) | {"y": y} for y, row in enumerate(table.itertuples()) if row.verdict == verdict]
+        if not rows:
+            continue
         figure.add_scatter(
             x=numbers(row["value"] for row in rows),
             y=[row["y"] for row in rows],

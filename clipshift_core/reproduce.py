@@ -294,7 +294,8 @@ def summarise(result: Run, console: Console) -> None:
         table = Table("claim", "statement", "value", "95 % interval", "verdict", box=None, title="claims")
         for row in ledger.itertuples():
             interval = f"{row.ci_low:.3g} to {row.ci_high:.3g}" if math.isfinite(row.ci_low) else "none"
-            table.add_row(row.claim, Text(row.statement), f"{row.value:.3g}", interval, row.verdict)
+            value = f"{row.value:.3g}" if math.isfinite(row.value) else "left out"
+            table.add_row(row.claim, Text(row.statement), value, interval, row.verdict)
         console.print(table)
         if warning := claims.caveat(result.profile):
             console.print(warning, highlight=False)

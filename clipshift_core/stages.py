@@ -217,7 +217,8 @@ class Work:
         elif n:
             parts = pass_bytes(self.profile, model, n)
             yield Held(notebook, f"arrays of the pass{at}", name, parts["shift"], "exact")
-            yield Held(notebook, f"class tokens{at}", name, parts.get("tokens", 0), "exact")
+            if name == self.profile.model:  # of the others one image's are kept
+                yield Held(notebook, f"class tokens{at}", name, parts.get("tokens", 0), "exact")
 
     def _dictionary(self, model: Model | None) -> Iterator[Stage | Held]:
         profile, drawn = self.profile, self.images.drawn
@@ -245,8 +246,8 @@ class Work:
                 "08", "activations of patches", profile.model, activation_bytes(model, n_probe, "spatial"), "exact"
             )
         n = _n_texts(profile)
-        for role, name in {"model": profile.model, "labeller": labeller}.items():
-            if role == "labeller" or not drawn:
+        for name in dict.fromkeys([labeller] if drawn else [profile.model, labeller]):
+            if n:
                 speed = self.speeds[name]
                 spent = n * speed.text if speed else math.nan
                 yield Stage("08", "vocabulary read", name, n, "texts", spent, speed.how if speed else "unknown")

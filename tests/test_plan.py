@@ -128,7 +128,8 @@ def test_flops_of_one_product_and_of_openclips_table():
     assert costs._flops(lambda: layer(torch.empty(3, 7, device="meta")))[0] == 2 * 3 * 7 * 5
     # docs/model_profile.csv of OpenCLIP: ViT-B-32 151.28 million parameters, 8.82 GFLOPs an image, 5.96 a text
     # (4.4 billion multiplications and additions, as papers count); ViT-L-14 427.62, 162.03, 13.3
-    for name, millions, image, text in (("ViT-B-32", 151.28, 8.82, 5.96), ("ViT-L-14", 427.62, 162.03, 13.3)):
+    known = (("ViT-B-32", 151.28, 8.82, 5.96), ("ViT-L-14", 427.62, 162.03, 13.3), ("RN50", 102.01, 12.22, 5.96))
+    for name, millions, image, text in known:
         found = costs.model(open_clip.get_model_config(name))
         assert found.n_parameters / 1e6 == pytest.approx(millions, abs=0.005)
         assert found.image_flops / 1e9 == pytest.approx(image, abs=0.005)

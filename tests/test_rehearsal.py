@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from clipshift_core import claims, ledger, profiles
 from clipshift_core.reproduce import run
 
-N_IMAGES = 120
+N_IMAGES = 100
 NOTEBOOKS = sorted(path.stem for path in (profiles.ROOT / "notebooks").glob("[0-9]*.py"))
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,7 @@ def rehearsal(tmp_path_factory):
         links = [f"picture {i}\t{server.url(f'image/{i}.jpg')}" for i in range(N_IMAGES + 20)]
         for i in range(30):
             links.insert(3 * i, f"a dead link {i}\t{server.url(f'status/404?{i}')}")
+        (folder / "words.txt").write_text("\n".join(open_clip.IMAGENET_CLASSNAMES[:40]) + "\n")
         (folder / "links.tsv").write_text("\n".join(links) + "\n")
         overrides = {
             "name": "rehearsal",
@@ -59,7 +60,8 @@ def rehearsal(tmp_path_factory):
             "labeller": str(folder / "MobileCLIP-S2"),
             "n_bootstrap": 200,
             "n_layers": 32,
-            "n_dose": 4,
+            "n_dose": 2,
+            "vocabulary": str(folder / "words.txt"),
             "sae_latents": 2048,
             "sae_epochs": 3,
         }
