@@ -10,6 +10,7 @@ CLASSES ?=
 MODEL ?=
 FORCE ?=
 DRY ?=
+OF ?=
 
 RUN := .venv/bin/python -m
 # Python keeps what it has compiled, whatever the user's environment says: else each of the many kernels compiles anew.
@@ -46,8 +47,8 @@ test: setup ## lint, unit tests, and every committed notebook run again and comp
 	@$(RUN) ruff check .
 	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-lab: setup ## open the notebooks in JupyterLab
-	@$(RUN) jupyter lab notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+lab: setup ## open the notebooks in JupyterLab [OF=name of a run in runs/]
+	@$(RUN) jupyter lab "$(if $(OF),runs/$(OF)/notebooks,notebooks)" --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
 model: setup ## train the models of the demo and their dictionaries from scratch (goes on after a kill)
 	@$(RUN) clipshift_core.pretrain

@@ -45,11 +45,12 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes minutes goes first, else one worker has it alone at the end: the notebooks, then the whole series.
+    """What takes minutes goes first, else one worker has it alone at the end: the notebooks, then whole series.
 
     (xdist keeps this order with --no-loadscope-reorder alone.)
     """
-    items.sort(key=lambda item: ".ipynb::" not in item.nodeid and "test_series.py::" not in item.nodeid)
+    long = (".ipynb::", "test_series.py::", "test_rehearsal.py::")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
 
 
 @pytest.hookimpl(optionalhook=True)

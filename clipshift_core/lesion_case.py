@@ -85,7 +85,7 @@ class Case:
     @property
     def no_dictionary(self) -> str:
         """Why nothing is taken apart; empty where it is."""
-        if self.images.tokens is None or not tail(self.dictionaries.bench.encoder, -1).needs_class_alone:
+        if self.images.tokens is None or not tail(self.dictionaries.behind, -1).needs_class_alone:
             return f"{self.dictionaries.bench.encoder.name} reads more than a class token after its last block"
         n = int(self.images.table["split"].isin(LEARNED_FROM).sum())
         if self.dictionaries.bench.profile.sae_lesions is None and n < LEAST:
@@ -140,7 +140,7 @@ class Case:
     def _encoded(self, source: Source) -> tuple[Float[Tensor, "image dim"], Float[Tensor, "image width"] | None]:
         """As `lesion_study.encoded`, from disk where class tokens are all that the embedding is made of."""
         encoder = self.dictionaries.bench.encoder
-        if not encoder.n_blocks or not (behind := tail(encoder, -1)).needs_class_alone:
+        if not encoder.n_blocks or not (behind := tail(self.dictionaries.behind, -1)).needs_class_alone:
             return lesion_study.encoded(source, encoder)
         held = self.dictionaries.activations(source, encoder.n_blocks - 1, "class")
         tokens = torch.cat(list(held.in_order()))

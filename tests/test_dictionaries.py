@@ -1,6 +1,8 @@
 """Which images a dictionary sees, and that those which ship are what their cards say."""
 
+import copy
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,14 +11,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
 
-from clipshift_core import activations, dictionaries, profiles, sae_quality, scenes
+from clipshift_core import activations, attributed, dictionaries, profiles, sae_quality, scenes
 from clipshift_core.activations import Source
+from clipshift_core.audit import Audit
 from clipshift_core.dictionaries import Dictionaries
 from clipshift_core.encoder import Encoder
 from clipshift_core.pretrain import RECIPES as MODELS
 from clipshift_core.pretrain_sae import RECIPES, source
 from clipshift_core.profiles import ProfileError
 from clipshift_core.sae import SaeError
+from clipshift_core.shifted import shifted
 from clipshift_core.workbench import Workbench
 
 FOLDER = profiles.ROOT / "data" / "models"
@@ -156,3 +160,29 @@ def test_histories_and_recipes_ship(encoders):
     for name in RECIPES:
         history = pd.read_csv(FOLDER / name / "history.csv")
         assert history["step"].is_monotonic_increasing and history["nmse"].iloc[-1] < history["nmse"].iloc[0]
+
+
+class Elsewhere:
+    """A model on a GPU, as far as a machine without one can tell: it encodes, and its weights are nowhere to be had."""
+
+    def __init__(self, encoder):
+        self.encoder, self.device = encoder, torch.device("cuda")
+        self.model = copy.deepcopy(encoder.model).to("meta")
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+
+def test_a_model_on_a_gpu_is_only_asked_to_encode(open_run, encoders, tmp_path):
+    found = open_run(n_probe=100, n_images=4, n_bootstrap=100)
+    bench = found.bench
+    bench.__dict__["encoder"] = encoders["scene-s16"]
+    _ = bench.tokens  # the one pass itself takes its pixels to the device
+    bench.__dict__["encoder"] = Elsewhere(encoders["scene-s16"])
+    bench.__dict__["load"] = lambda name, **choices: encoders[Path(name).name]
+    assert found.behind is encoders["scene-s16"] and found.left_out == ""
+    assert found.embeddings(found.used)[0].isfinite().all()
+    assert attributed.attributed(found, found.used, n_images=4).n_units > 0
+    assert attributed.attributed(found, found.patches, n_images=2).n_units > 0
+    assert shifted(found).n_images == 4
+    assert Audit(found).discovery.table["attribution"].notna().all()
