@@ -1,4 +1,4 @@
-"""The whole series on a folder of photographs, as a user would run it on her own: some of the files are damaged."""
+"""The whole series on a user's own images: three photographs among damaged files, and a single one."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import skimage.data
 from PIL import Image
 from rich.console import Console
 
-from clipshift_core import profiles
+from clipshift_core import claims, ledger, profiles
 from clipshift_core.reproduce import overrides_from, run
 
 NOTEBOOKS = sorted(path.stem for path in (profiles.ROOT / "notebooks").glob("[0-9]*.py"))
@@ -49,3 +49,47 @@ def test_what_needs_known_factors_is_left_out_by_name(finished):
     assert (folder / "figures" / "02-ranking.html").exists()
     notebook = json.loads((folder / "notebooks" / "00_start_here.ipynb").read_text())
     assert "Left out: the images of this run come without known factors" in json.dumps(notebook)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One photograph, with a caption and classes of its owner's, for a model that no dictionary fits."""
+    folder = tmp_path_factory.mktemp("single")
+    (folder / "photo").mkdir()
+    Image.fromarray(skimage.data.chelsea()).save(folder / "photo" / "chelsea.png")
+    (folder / "captions.csv").write_text("file,caption\nchelsea.png,a <b>tabby</b> cat & her whiskers\n")
+    (folder / "classes.txt").write_text("cat\nduck\nboat\n")
+    given = {"images": folder / "photo", "captions": folder / "captions.csv", "classes": folder / "classes.txt"}
+    given |= {"model": profiles.ROOT / "data" / "models" / "scene-xs12"}
+    overrides = overrides_from(["n_bootstrap=100", "vocabulary=world"], "demo", {k: str(v) for k, v in given.items()})
+    result = run("demo", overrides, console=Console(quiet=True))
+    yield result
+    shutil.rmtree(result.profile.run_dir)
+
+
+@pytest.mark.slow
+def test_one_image_is_enough(single):
+    assert sorted(single.executed) == NOTEBOOKS
+    tables = single.profile.run_dir / "tables"
+    assert pd.read_csv(tables / "01-manifest.csv")["caption"].tolist() == ["a <b>tabby</b> cat & her whiskers"]
+    labels = pd.read_csv(tables / "01-labels.csv")
+    assert len(labels) == 1 and labels["label"].isin(["cat", "duck", "boat"]).all()
+    assert labels["probability"].between(1 / 3, 1).all()
+
+
+@pytest.mark.slow
+def test_of_one_image_no_claim_is_decided_and_every_row_says_why(single):
+    found = claims.read(single.profile.run_dir / "claims.csv").set_index("claim")
+    assert set(found.index) == set(ledger.MEANINGS) | set(ledger.SAME)
+    assert found["verdict"].eq("not testable here").all()
+    without_dictionary = found.loc[[name for name in found.index if name[:2] in ("B1", "B2", "B3")], "statistic"]
+    assert without_dictionary.str.startswith("Left out: ").all() and without_dictionary.str.contains("1, of at").any()
+
+
+@pytest.mark.slow
+def test_a_users_markup_is_text(single):
+    page = (single.profile.run_dir / "figures" / "00-images.html").read_text()
+    # plotly's json writes these four signs as numbers
+    for code, sign in (("\\u0026", "&"), ("\\u003c", "<"), ("\\u003e", ">"), ("\\u002f", "/")):
+        page = page.replace(code, sign)
+    assert "&lt;b&gt;tabby&lt;/b&gt; cat &amp; her" in page and "<b>tabby" not in page
