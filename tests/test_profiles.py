@@ -23,7 +23,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["demo", "paper"])
+@pytest.mark.parametrize("name", ["demo", "gpu-small", "paper"])
 def test_shipped_profiles_are_sound(name):
     profile = Profile.load(name)
     assert profile.name == name and profile.image_size == 224
@@ -33,6 +33,7 @@ def test_shipped_profiles_are_sound(name):
 def test_paper_profile_is_the_paper_setting():
     paper = Profile.load("paper")
     assert (paper.model, paper.n_images) == ("ViT-B-32/openai", 13312)
+    assert (paper.n_layers, paper.sae_latents, paper.sae_k, paper.sae_epochs) == (2000, 30_000, 64, 30)
 
 
 def test_a_file_of_ones_own_is_read_as_is(root):
