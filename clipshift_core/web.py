@@ -56,7 +56,9 @@ class Web:
         self.limit = self.backend.limit
 
     def stop(self) -> None:
+        """Ends all waiting, and closes every connection."""
         self.backend.stop()
+        self.pool.close()
 
     def tried(self, act: Callable[[], Any]) -> Any:
         """What `act` returns, at the third try if it must be."""

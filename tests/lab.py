@@ -45,8 +45,8 @@ def chromium() -> str | None:
 
 def recipe() -> list[str]:
     """The command of `make lab`."""
-    line = (ROOT / "Makefile").read_text().partition("\nlab:")[2].splitlines()[1]
-    return shlex.split(line.strip().removeprefix("@").replace("$(RUN)", f"{sys.executable} -m"))
+    shown = subprocess.run(["make", "-n", "lab", "PYTHON=nobody"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return shlex.split(shown.stdout.splitlines()[-1].replace(".venv/bin/python", sys.executable))
 
 
 def write(path: Path, node: nbformat.NotebookNode) -> Path:
