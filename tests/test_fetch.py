@@ -1,5 +1,6 @@
 """Fetching against a server on loopback that does everything wrong that a server can do."""
 
+import gc
 import hashlib
 import json
 import os
@@ -8,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import httpcore
@@ -524,3 +527,19 @@ def test_names_stay_inside_the_folder_and_what_is_no_shard_is_not_kept(mirror, s
 def test_the_command(tmp_path, server, capsys):
     assert fetch.main([str(tmp_path / "gone.tsv"), str(tmp_path / "out"), "--n-images", "3"]) == 1
     assert "gone.tsv: cannot be read" in capsys.readouterr().err
+
+
+def test_no_connection_is_left_open(server, tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: left.append(str(found.exc_value)))
+    listing = listing_of(tmp_path, [server.url(f"image/open{i}.jpg") for i in range(60)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        gc.collect()
+        left.clear()  # of other tests
+        collect(listing, tmp_path / "there", server, n_images=40)
+        deadline = time.monotonic() + 10  # what was under way ends in threads of its own
+        while any(each.name.startswith("ThreadPool") for each in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        gc.collect()
+    assert left == []
