@@ -45,8 +45,10 @@ def chromium() -> str | None:
 
 def recipe() -> list[str]:
     """The command of `make lab`."""
-    shown = subprocess.run(["make", "-n", "lab", "PYTHON=nobody"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return shlex.split(shown.stdout.splitlines()[-1].replace(".venv/bin/python", sys.executable))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    shown = subprocess.run(["make", "-n", "lab"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (line,) = (line for line in shown.stdout.splitlines() if "jupyter lab" in line)
+    return shlex.split(line.replace(".venv/bin/python", sys.executable))
 
 
 def write(path: Path, node: nbformat.NotebookNode) -> Path:
