@@ -22,15 +22,16 @@ from loopback import Loopback, picture
 from clipshift_core import conceptual, fetch, manifests, web
 from clipshift_core.fetch import FetchError
 
-FAST = {"CONNECT": 0.5, "SILENCE": 0.5, "TOTAL": 2.0, "BACKOFF": 0.03}
+SILENCE, TOTAL = 2.0, 8.0
+"""Seconds, for the faults alone. A machine full of other tests is silent for half a second now and then, so no answer
+that is to come is waited for in less; three silences fit into the total."""
 
 
 @pytest.fixture(autouse=True, scope="module")
-def impatient():
+def soon_again():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in FAST.items():
-            patch.setattr(web, name, value)
-        yield patch
+        patch.setattr(web, "BACKOFF", 0.03)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,9 @@ FAULTS = {
     "status/410": ("dead", "HTTP 410"),
     "status/403": ("http error", "HTTP 403"),
     "status/500": ("http error", "HTTP 500"),
-    "stall": ("timed out", "silent for 0.5 s"),
-    "drip": ("timed out", "not whole within 2 s"),
-    "drip-headers": ("timed out", "not whole within 2 s"),
+    "stall": ("timed out", "silent for 2 s"),
+    "drip": ("timed out", "not whole within 8 s"),
+    "drip-headers": ("timed out", "not whole within 8 s"),
     "loop": ("redirects", "more than 5 redirects"),
     "redirect/301?to=/image/12.jpg": ("fetched", ""),
     "redirect/302?to=../image/13.jpg": ("fetched", ""),
@@ -118,11 +119,13 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def faults(server, impatient, tmp_path_factory):
+def faults(server, soon_again, tmp_path_factory):
     """The outcome of every fault, of one run; and how long that took, and the folder."""
     folder = tmp_path_factory.mktemp("faults")
-    impatient.setattr(fetch, "MAX_BYTES", 2**21)
-    with Loopback() as other:
+    with Loopback() as other, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "MAX_BYTES", 2**21)
+        patch.setattr(web, "SILENCE", SILENCE)
+        patch.setattr(web, "TOTAL", TOTAL)
         urls = {
             path: path.replace("HOST", server.host)
             if "://" in path.partition("?")[0]
@@ -134,7 +137,6 @@ def faults(server, impatient, tmp_path_factory):
         seconds = time.monotonic() - began
         assert not other.seen
     rows = tables(folder / "out").set_index("url")
-    impatient.setattr(fetch, "MAX_BYTES", 20 * 2**20)
     return {path: rows.loc[url] for path, url in urls.items()}, seconds, folder / "out", found
 
 
@@ -143,12 +145,12 @@ def test_each_fault_has_its_outcome_and_its_reason(faults, path):
     row, (kind, reason) = faults[0][path], FAULTS[path]
     assert row["outcome"] == kind, row["reason"]
     assert reason in row["reason"] and (kind == "fetched") == (row["reason"] == ""), row["reason"]
-    assert row["outcome"] in conceptual.OUTCOMES and row["seconds"] < FAST["TOTAL"] + 1.5
+    assert row["outcome"] in conceptual.OUTCOMES and row["seconds"] < TOTAL + 1.5
 
 
 def test_no_fault_holds_the_others_up_and_the_report_counts_them(faults, server):
     _, seconds, folder, found = faults
-    assert seconds < 8
+    assert seconds < 3 * SILENCE + TOTAL  # one after the other, the three that are waited for take another TOTAL
     n = pd.Series([kind for kind, _ in FAULTS.values()]).value_counts()
     assert found.outcomes.set_index("outcome")["n"].sort_index().equals(n.sort_index().rename("n"))
     assert found.outcomes["share"].sum() == pytest.approx(1)
