@@ -1,159 +1,235 @@
-"""An image compared with its views on a CPU by OpenCV and numpy, from the bytes: the second way of `preservation`.
+"""An image compared with its views on a CPU by compiled kernels, from the bytes: the second way of `preservation`.
 
-What the metrics mean stands there; here are the constants and quotients that both ways share.
+What the metrics mean stands there. Numba compiles on first use, in seconds, and keeps the machine code. Sums are exact
+in integers wherever they can be, and the others run along columns in float64, so that no processor's width of vectors
+changes a bit. A row is a row of bytes, red, green and blue of each pixel in turn.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 
-import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float64, Int64, UInt8
+from numba import njit
 from torch import Tensor
 
-PATCH_GRID = 4
-DETAIL_GRID = 8
-FLAT = 1e-6
-"""Standard deviation, in grey levels, below which a patch has no detail."""
-SSIM_WINDOW = 7
-"""Side of the uniform window: the default of scikit-image's structural_similarity."""
+from clipshift_core.preservation import (
+    C1,
+    C2,
+    DETAIL_GRID,
+    GREY,
+    IN_WINDOW,
+    PATCH_GRID,
+    SSIM_WINDOW,
+    alike,
+    detail_kept,
+    deviation_of,
+)
 
-GREY = (299, 587, 114)
-RIM = SSIM_WINDOW // 2
-IN_WINDOW = SSIM_WINDOW**2
-C1 = IN_WINDOW**2 * (0.01 * 255) ** 2
-C2 = IN_WINDOW * (IN_WINDOW - 1) * (0.03 * 255) ** 2
-"""SSIM's C1 and C2, as they stand beside products of window sums and beside variances times 49 x 48."""
+RED, GREEN, BLUE = (np.int32(part) for part in GREY)
+FIRST, SECOND = np.float32(C1), np.int32(round(C2))
+"""SSIM's constants; the second is an integer but for 1 in 2 million."""
+IN, OUT = np.int32(1), np.int32(-1)
+RIM = SSIM_WINDOW - 1
+AT_ONCE = 8
+"""Views whose column sums `_ssim` carries along together, so that they stay in the cache."""
 
-ROWS = 32
-"""Rows of windows that `Pairs.ssim` takes at once, so that their arrays stay in a cache."""
+
+def compiled(kernel: Callable) -> Callable:
+    """A kernel as machine code that lets go of the interpreter and, as numpy, divides by zero without a word."""
+    kernel = njit(nogil=True, error_model="numpy")(kernel)
+    with suppress(RuntimeError):  # neither the package's folder nor the user's can be written: compiled in each process
+        kernel.enable_caching()
+    return kernel
 
 
 class Pairs:
-    """An image and its views on a CPU. Each metric is a method, named as in `OF_PIXELS`, that gives (view,).
-
-    OpenCV reads the pixels as the bytes that they are, one view at a time. Its own threads change no result.
-    """
+    """An image and its views on a CPU. Each metric is a method, named as in `OF_PIXELS`, that gives (view,)."""
 
     def __init__(self, original: UInt8[np.ndarray, "height width 3"], views: UInt8[np.ndarray, "view height width 3"]):
-        self.original, self.views = np.ascontiguousarray(original), np.ascontiguousarray(views)
         self.height, self.width = original.shape[:2]
+        self.original = np.ascontiguousarray(original).reshape(self.height, -1)
+        self.views = np.ascontiguousarray(views).reshape(len(views), *self.original.shape)
 
     @cached_property
-    def distances(self) -> UInt8[np.ndarray, "view height width 3"]:
-        """|view - original|: its square is that of the difference, modulo 256 too."""
-        out = np.empty_like(self.views)
-        for view, distance in zip(self.views, out, strict=True):
-            cv2.absdiff(self.original, view, dst=distance)
-        return out
+    def squares(self) -> tuple[Int64[np.ndarray, "2 view row col"], Int64[np.ndarray, " view"]]:
+        """Squared differences summed over patches, whole and modulo 256, and over everything."""
+        n = len(self.views)
+        found = np.zeros((2, n, PATCH_GRID, PATCH_GRID), np.int64), np.zeros(n, np.int64)
+        _squares(self.original, self.views, *found)
+        return found
 
     @cached_property
-    def greys(self) -> Float32[np.ndarray, "1+view height width"]:
-        """Grey in thousandths, as `_grey`, of the original and of each view."""
-        out = np.empty((1 + len(self.views), self.height, self.width), np.float32)
-        for pixels, grey in zip((self.original, *self.views), out, strict=True):
-            np.matmul(pixels.astype(np.float32), np.array(GREY, np.float32), out=grey)
-        return out
+    def of_grey(self) -> tuple[Float64[np.ndarray, " view"], Int64[np.ndarray, "2 1+view row col"]]:
+        """The mean difference of the edge maps; grey and its square, summed over patches of the original and views."""
+        n = len(self.views)
+        found = np.zeros(n), np.zeros((2, 1 + n, DETAIL_GRID, DETAIL_GRID), np.int64)
+        _of_grey(self.original, self.views, *found)
+        return found
 
     def patch(self) -> Tensor:
-        return self._of_patches(np.uint16)
+        return self._of_patches(0)
 
     def patch_published(self) -> Tensor:
-        return self._of_patches(np.uint8)  # in which a square wraps
+        return self._of_patches(1)
 
-    def _of_patches(self, held_in: type) -> Tensor:
-        height, width = self.height // PATCH_GRID, self.width // PATCH_GRID
-        rows = np.kron(np.eye(PATCH_GRID, dtype=np.float32), np.ones(height, np.float32))
-        sums = np.empty((len(self.views), PATCH_GRID, PATCH_GRID), np.float32)
-        for distance, out in zip(self.distances, sums, strict=True):
-            squares = np.square(distance[: PATCH_GRID * height, : PATCH_GRID * width], dtype=held_in)
-            down = rows @ squares.reshape(PATCH_GRID * height, -1).astype(np.float32)  # whole numbers, so exact
-            out[:] = down.reshape(PATCH_GRID, PATCH_GRID, -1).sum(2, dtype=np.float64)
-        return alike(torch.from_numpy(sums) / (height * width * 3))
+    def _of_patches(self, which: int) -> Tensor:
+        n_values = 3 * (self.height // PATCH_GRID) * (self.width // PATCH_GRID)
+        return alike(torch.from_numpy(self.squares[0][which]).double() / n_values)
 
-    def mse(self) -> list[float]:
-        return [cv2.norm(distance, cv2.NORM_L2SQR) / distance.size for distance in self.distances]
+    def mse(self) -> np.ndarray:
+        return self.squares[1] / self.original.size
 
-    def edge(self) -> list[float]:
-        down, across, of_original, of_view = np.empty((4, self.height, self.width), np.float32)
-
-        def edges(grey: np.ndarray, out: np.ndarray) -> np.ndarray:
-            np.add(differences(grey, down), differences(grey.T, across.T).T, out=out)
-            return np.divide(out, out.max() or 1, out=out)
-
-        edges(self.greys[0], of_original)
-        return [1 - cv2.norm(of_original, edges(grey, of_view), cv2.NORM_L1) / grey.size for grey in self.greys[1:]]
+    def edge(self) -> np.ndarray:
+        return 1 - self.of_grey[0]
 
     def detail(self) -> Tensor:
-        height, width = self.height // DETAIL_GRID, self.width // DETAIL_GRID
-        down, across = (np.kron(np.eye(DETAIL_GRID), np.ones(side)) for side in (height, width))
-        sums = np.empty((2, len(self.greys), DETAIL_GRID, DETAIL_GRID))
-        for i, grey in enumerate(self.greys):
-            used = grey[: DETAIL_GRID * height, : DETAIL_GRID * width].astype(np.float64)
-            sums[0, i] = down @ used @ across.T
-            sums[1, i] = down @ np.square(used, out=used) @ across.T
-        deviation = deviation_of(*torch.from_numpy(sums), n=height * width)
+        sums = torch.from_numpy(self.of_grey[1]).double()
+        deviation = deviation_of(*sums, n=(self.height // DETAIL_GRID) * (self.width // DETAIL_GRID))
         return detail_kept(deviation[None, :1], deviation[None, 1:])[0]
 
-    def ssim(self) -> list[float]:
-        """The quotient as (b1 - d) (b2 - e) / (b1 b2): b1 and b2 are the denominators of luminance and structure, d is
-        the squared difference of the window sums, e the variance of the differences times 49 x 48.
-
-        All sums, and all of b2 and e, are exact in int32: c2 is an integer but for 1 in 2 million.
-        """
-        window = {"ksize": (SSIM_WINDOW, SSIM_WINDOW), "normalize": False}
-        shape = self.original.shape
-        whole_y, whole_y2, whole_d2 = np.empty(shape, np.uint16), np.empty(shape, np.int32), np.empty(shape, np.int32)
-
-        def sums(pixels: np.ndarray) -> np.ndarray:
-            return cv2.boxFilter(pixels, cv2.CV_16U, dst=whole_y, **window)  # 49 x 255 fits
-
-        def sums_of_squares(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
-            return cv2.sqrBoxFilter(pixels, cv2.CV_32S, dst=out, **window)
-
-        sum_x = sums(self.original).astype(np.int32)
-        squares_x = sum_x * sum_x
-        b1_of_x = squares_x.astype(np.float32) + np.float32(C1)
-        b2_of_x = sums_of_squares(self.original, whole_y2) * IN_WINDOW - squares_x + round(C2)
-
-        def total(rows: slice) -> float:
-            sum_y = whole_y[rows].astype(np.int32)
-            squares, d = sum_y * sum_y, np.square(sum_y - sum_x[rows])
-            b2, e = IN_WINDOW * whole_y2[rows] - squares + b2_of_x[rows], IN_WINDOW * whole_d2[rows] - d
-            b1 = squares.astype(np.float32) + b1_of_x[rows]
-            top = (b1 - d.astype(np.float32)) * (b2 - e).astype(np.float32)
-            return sum(cv2.sumElems((top / (b1 * b2.astype(np.float32)))[:, RIM:-RIM]))
-
-        end, scores = shape[0] - RIM, []
-        for view, distance in zip(self.views, self.distances, strict=True):
-            sums(view)
-            sums_of_squares(view, whole_y2)
-            sums_of_squares(distance, whole_d2)
-            strips = (slice(row, min(row + ROWS, end)) for row in range(RIM, end, ROWS))
-            scores.append(sum(map(total, strips)) / ((shape[0] - 2 * RIM) * (shape[1] - 2 * RIM) * 3))
-        return scores
+    def ssim(self) -> np.ndarray:
+        found = np.empty(len(self.views))
+        for first in range(0, len(found), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            _ssim(self.original, self.views[part], found[part])
+        return found
 
 
-def differences(grey: Float32[np.ndarray, "row col"], out: np.ndarray) -> Float32[np.ndarray, "row col"]:
-    """|dg| along the rows, doubled: central within, one-sided at both ends."""
-    np.subtract(grey[2:], grey[:-2], out=out[1:-1])
-    for end, inner in ((0, 1), (-1, -2)):
-        np.multiply(grey[end] - grey[inner], 2, out=out[end])
-    return np.abs(out, out=out)
+# Numba makes int64 of a sum of two int32, which halves what a vector holds: hence the many casts.
 
 
-def alike(mse: Float[Tensor, "... row col"]) -> Float[Tensor, "..."]:
-    return (1 / (1 + mse / 255**2)).mean((-2, -1))
+@compiled
+def _squares(original, views, of_patches, whole):
+    n_rows, n_bytes = original.shape
+    height, width = n_rows // PATCH_GRID, n_bytes // (3 * PATCH_GRID) * 3
+    for view in range(len(views)):
+        for row in range(n_rows):
+            x, y = original[row], views[view, row]
+            for col in range(PATCH_GRID + 1):  # the last is what no patch reads
+                start, end = col * width, (col + 1) * width if col < PATCH_GRID else n_bytes
+                total = wrapped = np.int32(0)
+                for i in range(start, end):
+                    difference = np.int32(y[i]) - np.int32(x[i])
+                    square = np.int32(difference * difference)
+                    total = np.int32(total + square)
+                    wrapped = np.int32(wrapped + (square & 255))
+                whole[view] += total
+                if col < PATCH_GRID and row < PATCH_GRID * height:
+                    of_patches[0, view, row // height, col] += total
+                    of_patches[1, view, row // height, col] += wrapped
 
 
-def deviation_of(total: Tensor, squares: Tensor, *, n: int) -> Float64[Tensor, "..."]:
-    """Standard deviation in grey levels from the sums over n greys in thousandths."""
-    return (squares * n - total.square()).clamp_min(0).sqrt() / (1000 * n)
+@compiled
+def _of_grey(original, views, distances, sums):
+    n_rows, n_cols = len(original), original.shape[1] // 3
+    height, width = n_rows // DETAIL_GRID, n_cols // DETAIL_GRID
+    grey, edge = np.empty((2, n_rows, n_cols), np.int32)
+    of_original = np.empty((n_rows, n_cols), np.float32)
+    distance = np.empty(n_cols)
+    for picture in range(1 + len(views)):
+        pixels = original if picture == 0 else views[picture - 1]
+        for row in range(n_rows):
+            of, out = pixels[row], grey[row]
+            for i in range(n_cols):
+                out[i] = RED * np.int32(of[3 * i]) + GREEN * np.int32(of[3 * i + 1]) + BLUE * np.int32(of[3 * i + 2])
+        for row in range(DETAIL_GRID * height):
+            for col in range(DETAIL_GRID):
+                total = squares = 0
+                for value in grey[row, col * width : (col + 1) * width]:
+                    total += value
+                    squares += np.int64(value) * value
+                sums[0, picture, row // height, col] += total
+                sums[1, picture, row // height, col] += squares
+        peak = max(_edges(grey, edge), 1)
+        if picture == 0:
+            of_original[:] = edge / np.float32(peak)
+            continue
+        distance[:] = 0
+        for row in range(n_rows):
+            x, y = of_original[row], edge[row]
+            for i in range(n_cols):
+                distance[i] += abs(x[i] - np.float32(y[i]) / np.float32(peak))
+        distances[picture - 1] = distance.sum() / grey.size
 
 
-def detail_kept(x: Float64[Tensor, "image 1 row col"], y: Float64[Tensor, "image view row col"]) -> Tensor:
-    flat_x, flat_y = x < FLAT, y < FLAT
-    kept = ~flat_x | flat_x.all(-1, keepdim=True).all(-2, keepdim=True)
-    larger = torch.maximum(x, y)
-    ratio = torch.where(flat_x & flat_y, 1.0, torch.minimum(x, y) / torch.where(larger > 0, larger, 1.0))
-    return (ratio * kept).sum((2, 3)) / kept.sum((2, 3))
+@compiled
+def _edges(grey, out):
+    """|dg/dx| + |dg/dy|, doubled, central within and one-sided in the outermost rows and columns; its maximum."""
+    n_rows, n_cols = grey.shape
+    peak = np.int32(0)
+    for row in range(n_rows):
+        above, here, below, edge = grey[max(row - 1, 0)], grey[row], grey[min(row + 1, n_rows - 1)], out[row]
+        times = np.int32(2 if row in (0, n_rows - 1) else 1)
+        edge[0], edge[-1] = 2 * abs(here[1] - here[0]), 2 * abs(here[-1] - here[-2])
+        for i in range(1, n_cols - 1):
+            edge[i] = abs(here[i + 1] - here[i - 1])
+        for i in range(n_cols):
+            edge[i] += times * abs(below[i] - above[i])
+            peak = np.int32(max(peak, edge[i]))
+    return peak
+
+
+@compiled
+def _ssim(original, views, means):
+    n_rows, n_bytes = original.shape
+    n = n_bytes - 3 * RIM
+    columns = np.zeros((1 + len(views), 3, n_bytes), np.int32)
+    of_x, of_y = np.empty((3, n), np.int32), np.empty((3, n), np.int32)
+    totals = np.zeros((len(views), n))
+    for row in range(n_rows):
+        _slide(columns[0], original, original, row)
+        if row >= RIM:
+            _windows(columns[0], of_x)
+        for view in range(len(views)):
+            _slide(columns[1 + view], original, views[view], row)
+            if row >= RIM:
+                _windows(columns[1 + view], of_y)
+                _add_quotients(totals[view], of_x, of_y)
+    for view in range(len(views)):
+        means[view] = totals[view].sum() / (n * (n_rows - RIM))
+
+
+@compiled
+def _slide(columns, x, y, row):
+    """Sums over seven rows of y, its square, and that of y - x: `row` comes in, the one seven rows above goes out."""
+    _add(columns, x[row], y[row], IN)
+    if row >= SSIM_WINDOW:
+        _add(columns, x[row - SSIM_WINDOW], y[row - SSIM_WINDOW], OUT)
+
+
+@compiled
+def _add(columns, x, y, sign):
+    of_y, of_squares, of_distances = columns[0], columns[1], columns[2]
+    for i in range(len(y)):
+        value = np.int32(y[i])
+        apart = np.int32(value - np.int32(x[i]))
+        of_y[i] += np.int32(sign * value)
+        of_squares[i] += np.int32(sign * np.int32(value * value))
+        of_distances[i] += np.int32(sign * np.int32(apart * apart))
+
+
+@compiled
+def _windows(columns, out):
+    """Sums of seven columns of one colour, `SSIM_WINDOW`, from each on."""
+    for which in range(3):
+        of, to = columns[which], out[which]
+        for i in range(len(to)):
+            to[i] = of[i] + of[i + 3] + of[i + 6] + of[i + 9] + of[i + 12] + of[i + 15] + of[i + 18]
+
+
+@compiled
+def _add_quotients(totals, of_x, of_y):
+    """SSIM as (b1 - d) (b2 - e) / (b1 b2): b1 and b2 are the denominators of luminance and structure, d is the squared
+    difference of the window sums, e the variance of the differences times 49 x 48."""
+    sums_x, squares_x, sums_y, squares_y, distances = of_x[0], of_x[1], of_y[0], of_y[1], of_y[2]
+    for i in range(len(totals)):
+        x, y = sums_x[i], sums_y[i]
+        x2, y2, apart = np.int32(x * x), np.int32(y * y), np.int32(y - x)
+        d = np.int32(apart * apart)
+        e = np.int32(IN_WINDOW * distances[i] - d)
+        b1 = np.float32(y2) + (np.float32(x2) + FIRST)
+        b2 = np.int32(IN_WINDOW * np.int32(squares_x[i] + squares_y[i]) - x2 - y2 + SECOND)
+        totals[i] += (b1 - np.float32(d)) * np.float32(np.int32(b2 - e)) / (b1 * np.float32(b2))

@@ -9,44 +9,43 @@ No kernel yields NaN. What each says where the published formula has 0 / 0 stand
 constant is decided exactly: pixels stay integers (grey in thousandths of a level) up to the last quotient, or else
 the rounding of a flat image would be normalised into edges and details.
 
-Each kernel is written down in torch, for any device. On a CPU OpenCV and numpy do the same from the bytes
-themselves, in less than half the time (`pairs`), and `of_pixels` gives all that the one pass stores at once. Work is
-done in blocks that stay in a cache, so that memory does not grow with the number of images.
+Each kernel is written down in torch, for any device. On a CPU compiled kernels do the same from the bytes themselves,
+in a tenth of the time (`pairs`), and `of_pixels` gives all that the one pass stores at once. Work is done in blocks
+that stay in a cache, so that memory does not grow with the number of images.
 """
 
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
-
-from clipshift_core.pairs import (
-    C1,
-    C2,
-    DETAIL_GRID,
-    GREY,
-    IN_WINDOW,
-    PATCH_GRID,
-    SSIM_WINDOW,
-    Pairs,
-    alike,
-    detail_kept,
-    deviation_of,
-)
 
 Kernel = Literal["published", "corrected"]
 Images = UInt8[Tensor, "image height width 3"]
 Views = UInt8[Tensor, "image view height width 3"]
 Scores = Float32[Tensor, "image view"]
 
+PATCH_GRID = 4
+DETAIL_GRID = 8
+FLAT = 1e-6
+"""Standard deviation, in grey levels, below which a patch has no detail."""
+GREY = (299, 587, 114)
+SSIM_WINDOW = 7
+"""Side of the uniform window: the default of scikit-image's structural_similarity."""
+IN_WINDOW = SSIM_WINDOW**2
+C1 = IN_WINDOW**2 * (0.01 * 255) ** 2
+C2 = IN_WINDOW * (IN_WINDOW - 1) * (0.03 * 255) ** 2
+"""SSIM's C1 and C2, as they stand beside products of window sums and beside variances times 49 x 48."""
+
 _BLOCK = 2**21
 _BLOCK_ELSEWHERE = 2**25
 """Values in one block: on a CPU what its caches hold, elsewhere what fills a GPU (`ssim` has a dozen such arrays)."""
-_BY_OPENCV = {"cpu"}
-"""Kinds of device whose pixels `Pairs` compares; the torch kernels take all others."""
+_COMPILED = {"cpu"}
+"""Kinds of device whose pixels `pairs` compares; the torch kernels take all others."""
 
 
 def patch_similarity(original: Images, views: Views, kernel: Kernel = "corrected") -> Scores:
@@ -117,12 +116,15 @@ def detail_preservation(original: Images, views: Views) -> Scores:
 
 
 def attention_similarity(
-    original: Float[Tensor, "image row col"], views: Float[Tensor, "image view row col"]
+    original: Float[Tensor, "image row col"],
+    views: Float[Tensor, "image view row col"],
+    size: tuple[int, int] | None = None,
 ) -> Scores:
-    """1 / (1 + MSE) of two attention maps, each min-max normalised to 0..1; 0.5 to 1.
+    """1 / (1 + MSE) of two attention maps, each min-max normalised to 0..1; 0.5 to 1. Source: paper A, metric 4.
 
-    The published maps are first resized from the patch grid to the image, which is the caller's part: the value
-    depends on it. Maps that are normalised already are not changed. Source: paper A, metric 4.
+    size: (height, width) that both are resized to first, bilinearly with half-pixel centres (torch's `interpolate`,
+    OpenCV's INTER_LINEAR), as the published maps are from the patch grid to the image; the value depends on it.
+    None: as they are. The large maps are never made: see `_resized`.
 
     A constant map attends nowhere more than elsewhere: it is normalised to 0 everywhere. Two such maps score 1.
     Raises ValueError for maps that do not belong together.
@@ -132,16 +134,41 @@ def attention_similarity(
             f"maps of {tuple(original.shape)} and {tuple(views.shape)}: "
             "(image, row, col) and (image, view, row, col) are accepted"
         )
+    height, width = size or original.shape[1:]
+    down, across = (_resized(n, to, original.device) for n, to in zip(original.shape[1:], (height, width), strict=True))
 
     def normalised(maps: Tensor) -> Tensor:
+        # Resizing is linear and keeps constants, so that the small map can be normalised by the large one's extremes.
         maps = maps.float()
-        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+        maps = maps - maps.amin((-2, -1), keepdim=True)  # which makes a constant map 0, and stays so when resized
+        ends = down.ends @ maps @ across.ends.T
+        low, high = ends.amin((-2, -1), keepdim=True), ends.amax((-2, -1), keepdim=True)
         return (maps - low) / torch.where(high > low, high - low, 1.0)
 
     def block(x: Tensor, y: Tensor) -> Tensor:
-        return 1 / (1 + (normalised(x) - normalised(y)).square_().mean((-2, -1)))
+        apart = normalised(x) - normalised(y)
+        squares = (apart * (down.gram @ apart @ across.gram)).sum((-2, -1)).clamp_min(0)
+        return 1 / (1 + squares / (height * width))
 
     return _by_block(block, original, views)
+
+
+class _Resized(NamedTuple):
+    """One axis of a bilinear resize A: n values to `to`. A map m becomes A m B^T, between the nodes linear along each
+    axis: its extremes lie where samples meet a node on an axis, and |A m B^T|^2 = m . (A^T A) m (B^T B)."""
+
+    ends: Float[Tensor, "end n"]
+    """The rows of A that are the first or the last between their two nodes."""
+    gram: Float[Tensor, "n n"]
+    """A^T A."""
+
+
+def _resized(n: int, to: int, device: torch.device) -> _Resized:
+    weights = F.interpolate(torch.eye(n, device=device)[None], to, mode="linear")[0].T
+    nodes = weights > 0
+    changes = (nodes[1:] != nodes[:-1]).any(1)
+    edge = changes.new_ones(1)
+    return _Resized(weights[torch.cat([edge, changes]) | torch.cat([changes, edge])], weights.T @ weights)
 
 
 def mse(original: Images, views: Views) -> Scores:
@@ -196,18 +223,22 @@ def of_pixels(original: Images, views: Views) -> dict[str, Scores]:
     Raises ValueError for an image of less than 8 pixels a side.
     """
     _check(original, views, least=DETAIL_GRID)
-    if views.device.type in _BY_OPENCV:
-        return _by_opencv(OF_PIXELS, original, views)
+    if views.device.type in _COMPILED:
+        return _compiled(OF_PIXELS, original, views)
     return {name: kernel(original, views) for name, kernel in OF_PIXELS.items()}
 
 
 def _scores(name: str, block: Callable[[Tensor, Tensor], Tensor], original: Images, views: Views) -> Scores:
-    if views.device.type in _BY_OPENCV:
-        return _by_opencv([name], original, views)[name]
+    if views.device.type in _COMPILED:
+        return _compiled([name], original, views)[name]
     return _by_block(block, original, views)
 
 
-def _by_opencv(names: Collection[str], original: Images, views: Views) -> dict[str, Scores]:
+def _compiled(names: Collection[str], original: Images, views: Views) -> dict[str, Scores]:
+    from clipshift_core.pairs import (
+        Pairs,  # numba takes half a second to import, and few that import this compare pixels
+    )
+
     out = {name: torch.empty(views.shape[:2]) for name in names}
 
     def compare(i: int) -> None:
@@ -215,7 +246,7 @@ def _by_opencv(names: Collection[str], original: Images, views: Views) -> dict[s
         for name in names:
             out[name][i] = torch.as_tensor(getattr(pairs, name)())
 
-    # OpenCV and numpy let go of the interpreter, so that images are compared side by side.
+    # The kernels let go of the interpreter, so that images are compared side by side.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(compare, range(len(views))))
     return out
@@ -272,3 +303,22 @@ def _by_block(kernel: Callable[[Tensor, Tensor], Tensor], original: Tensor, view
 
 def _limit(x: Tensor) -> int:
     return _BLOCK if x.device.type == "cpu" else _BLOCK_ELSEWHERE
+
+
+def alike(mse: Float[Tensor, "... row col"]) -> Float[Tensor, "..."]:
+    """The mean over patches of 1 / (1 + MSE / 255^2)."""
+    return (1 / (1 + mse / 255**2)).mean((-2, -1))
+
+
+def deviation_of(total: Tensor, squares: Tensor, *, n: int) -> Float64[Tensor, "..."]:
+    """Standard deviation in grey levels from the sums over n greys in thousandths."""
+    return (squares * n - total.square()).clamp_min(0).sqrt() / (1000 * n)
+
+
+def detail_kept(x: Float64[Tensor, "image 1 row col"], y: Float64[Tensor, "image view row col"]) -> Tensor:
+    """The mean ratio of deviations over the patches that count, (image, view)."""
+    flat_x, flat_y = x < FLAT, y < FLAT
+    kept = ~flat_x | flat_x.all(-1, keepdim=True).all(-2, keepdim=True)
+    larger = torch.maximum(x, y)
+    ratio = torch.where(flat_x & flat_y, 1.0, torch.minimum(x, y) / torch.where(larger > 0, larger, 1.0))
+    return (ratio * kept).sum((2, 3)) / kept.sum((2, 3))

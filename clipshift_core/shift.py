@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Float32, UInt8
 from threadpoolctl import threadpool_limits
@@ -196,9 +195,8 @@ def compare(
     values["attention"] = torch.full((n_images, n_views - 1), torch.nan)
     if "attention.-1" in rows:
         maps = attention.to_map(rows["attention.-1"].flatten(0, 1), encoder.grid)
-        resized = F.interpolate(maps[None], views.shape[2:4], mode="bilinear")[0].unflatten(0, (n_images, n_views))
-        values["attention_map"] = maps.unflatten(0, (n_images, n_views))
-        values["attention"] = preservation.attention_similarity(resized[:, 0], resized[:, 1:])
+        values["attention_map"] = maps = maps.unflatten(0, (n_images, n_views))
+        values["attention"] = preservation.attention_similarity(maps[:, 0], maps[:, 1:], size=views.shape[2:4])
     if encoder.n_blocks:
         token = torch.stack([rows[f"token.{block}"] for block in range(encoder.n_blocks)], 2)
         values |= {"token": token, "block_cosine": metrics.cosine(token[:, 1:], token[:, :1])}

@@ -2,9 +2,11 @@
 
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -75,10 +77,10 @@ JOINT = {"patch": "corrected", "patch_published": "published", "edge": "edge", "
 """What `of_pixels` calls the oracles; its mse is squared in grey levels and has a test of its own."""
 
 
-@pytest.fixture(params=["opencv", "torch"])
+@pytest.fixture(params=["compiled", "torch"])
 def way(request, monkeypatch) -> str:
     """Both of the ways to compare pixels, on a CPU."""
-    monkeypatch.setattr(preservation, "_BY_OPENCV", {"cpu"} if request.param == "opencv" else set())
+    monkeypatch.setattr(preservation, "_COMPILED", {"cpu"} if request.param == "compiled" else set())
     return request.param
 
 
@@ -151,7 +153,7 @@ def test_both_ways_give_the_same_number(monkeypatch):
     images = np.clip(smooth + rng.integers(-40, 41, (6, 1, 1, 3)) + rng.integers(-3, 4, (6, *smooth.shape)), 0, 255)
     pixels = torch.from_numpy(images.astype(np.uint8))
     fast = preservation.of_pixels(pixels[:1], pixels[None, 1:])
-    monkeypatch.setattr(preservation, "_BY_OPENCV", set())
+    monkeypatch.setattr(preservation, "_COMPILED", set())
     for name, scores in preservation.of_pixels(pixels[:1], pixels[None, 1:]).items():
         torch.testing.assert_close(fast[name], scores, rtol=1e-6, atol=1e-6, msg=name)
 
@@ -236,6 +238,33 @@ def test_attention_similarity():
     again = preservation.attention_similarity(normalised, maps[None, 5:])
     assert again.item() == pytest.approx(result[0, 5], abs=1e-6)
     assert preservation.attention_similarity(maps[:1].bfloat16(), maps[None, 5:]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160), (21, 30), (10, 7), (3, 200)])
+def test_attention_similarity_of_resized_maps_without_making_them(size):
+    """Against torch and OpenCV, which make them; where these cannot be normalised, rounding had made them uneven."""
+    maps = torch.cat([attention_maps(), torch.rand(2, 21, 30, generator=torch.Generator().manual_seed(1))])
+    result = preservation.attention_similarity(maps, maps[None].expand(8, *maps.shape), size).numpy()
+    by_torch = F.interpolate(maps[None].double(), size, mode="bilinear")[0].numpy()
+    by_opencv = [cv2.resize(m, size[::-1], interpolation=cv2.INTER_LINEAR) for m in maps.double().numpy()]
+    for resized in (by_torch, by_opencv):
+        flat = [np.broadcast_to(m.mean(), m.shape) if np.ptp(m) < 1e-6 else m for m in resized]
+        expected = [[plain_attention(a, b) for b in flat] for a in flat]
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+    assert (result.diagonal() == 1).all() and result[1, 2] == 1
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (1, 1), (2, 5), (14, 14)])
+def test_extremes_of_a_resized_map_lie_where_they_are_looked_for(grid):
+    """A single peak or pit anywhere: a wrong extreme would move every value."""
+    maps = torch.eye(grid[0] * grid[1]).unflatten(1, grid)
+    maps = torch.cat([maps, -maps, torch.rand(50, *grid)])
+    for size in ((224, 224), (97, 31)):
+        resized = F.interpolate(maps[None], size, mode="bilinear")[0]
+        down, across = (preservation._resized(n, to, maps.device).ends for n, to in zip(grid, size, strict=True))
+        ends = down @ maps @ across.T
+        torch.testing.assert_close(ends.amax((1, 2)), resized.amax((1, 2)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ends.amin((1, 2)), resized.amin((1, 2)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("block", [1, 5000, 2**26])
