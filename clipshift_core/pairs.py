@@ -105,54 +105,63 @@ class Pairs:
 def _squares(original, views, of_patches, whole):
     n_rows, n_bytes = original.shape
     height, width = n_rows // PATCH_GRID, n_bytes // (3 * PATCH_GRID) * 3
+    columns, wrapped = np.empty(n_bytes, np.int32), np.empty(n_bytes, np.int32)
     for view in range(len(views)):
-        for row in range(n_rows):
-            x, y = original[row], views[view, row]
-            for col in range(PATCH_GRID + 1):  # the last is what no patch reads
-                start, end = col * width, (col + 1) * width if col < PATCH_GRID else n_bytes
-                total = wrapped = np.int32(0)
-                for i in range(start, end):
+        for band in range(PATCH_GRID + 1):  # the last is what no patch reads
+            columns[:] = wrapped[:] = 0
+            for row in range(band * height, (band + 1) * height if band < PATCH_GRID else n_rows):
+                x, y = original[row], views[view, row]
+                for i in range(n_bytes):
                     difference = np.int32(y[i]) - np.int32(x[i])
                     square = np.int32(difference * difference)
-                    total = np.int32(total + square)
-                    wrapped = np.int32(wrapped + (square & 255))
-                whole[view] += total
-                if col < PATCH_GRID and row < PATCH_GRID * height:
-                    of_patches[0, view, row // height, col] += total
-                    of_patches[1, view, row // height, col] += wrapped
+                    columns[i] += square
+                    wrapped[i] += square & 255
+            whole[view] += columns.sum()
+            if band < PATCH_GRID:
+                for col in range(PATCH_GRID):
+                    of_patches[0, view, band, col] = columns[col * width : (col + 1) * width].sum()
+                    of_patches[1, view, band, col] = wrapped[col * width : (col + 1) * width].sum()
 
 
 @compiled
 def _of_grey(original, views, distances, sums):
     n_rows, n_cols = len(original), original.shape[1] // 3
     height, width = n_rows // DETAIL_GRID, n_cols // DETAIL_GRID
-    grey, edge = np.empty((2, n_rows, n_cols), np.int32)
-    of_original = np.empty((n_rows, n_cols), np.float32)
-    distance = np.empty(n_cols)
+    grey, edge = np.empty((n_rows, n_cols), np.int32), np.empty((n_rows, n_cols), np.int32)
+    edge_of_original = np.empty((n_rows, n_cols), np.float32)
+    columns, squares, distance = np.empty(n_cols, np.int32), np.empty(n_cols, np.int64), np.empty(n_cols)
     for picture in range(1 + len(views)):
         pixels = original if picture == 0 else views[picture - 1]
         for row in range(n_rows):
-            of, out = pixels[row], grey[row]
-            for i in range(n_cols):
-                out[i] = RED * np.int32(of[3 * i]) + GREEN * np.int32(of[3 * i + 1]) + BLUE * np.int32(of[3 * i + 2])
-        for row in range(DETAIL_GRID * height):
+            _to_grey(pixels[row], grey[row])
+        for band in range(DETAIL_GRID):
+            columns[:] = squares[:] = 0
+            for row in range(band * height, (band + 1) * height):
+                of = grey[row]
+                for i in range(n_cols):
+                    columns[i] += of[i]
+                    squares[i] += np.int64(of[i]) * of[i]
             for col in range(DETAIL_GRID):
-                total = squares = 0
-                for value in grey[row, col * width : (col + 1) * width]:
-                    total += value
-                    squares += np.int64(value) * value
-                sums[0, picture, row // height, col] += total
-                sums[1, picture, row // height, col] += squares
-        peak = max(_edges(grey, edge), 1)
-        if picture == 0:
-            of_original[:] = edge / np.float32(peak)
-            continue
+                sums[0, picture, band, col] = columns[col * width : (col + 1) * width].sum()
+                sums[1, picture, band, col] = squares[col * width : (col + 1) * width].sum()
+        peak = np.float32(max(_edges(grey, edge), 1))
         distance[:] = 0
         for row in range(n_rows):
-            x, y = of_original[row], edge[row]
+            x, y = edge_of_original[row], edge[row]
+            if picture == 0:
+                x[:] = y / peak
             for i in range(n_cols):
-                distance[i] += abs(x[i] - np.float32(y[i]) / np.float32(peak))
-        distances[picture - 1] = distance.sum() / grey.size
+                distance[i] += abs(x[i] - np.float32(y[i]) / peak)
+        if picture:
+            distances[picture - 1] = distance.sum() / grey.size
+
+
+@compiled
+def _to_grey(pixels, out):
+    for i in range(len(out)):
+        out[i] = (
+            RED * np.int32(pixels[3 * i]) + GREEN * np.int32(pixels[3 * i + 1]) + BLUE * np.int32(pixels[3 * i + 2])
+        )
 
 
 @compiled

@@ -134,41 +134,48 @@ def attention_similarity(
             f"maps of {tuple(original.shape)} and {tuple(views.shape)}: "
             "(image, row, col) and (image, view, row, col) are accepted"
         )
-    height, width = size or original.shape[1:]
-    down, across = (_resized(n, to, original.device) for n, to in zip(original.shape[1:], (height, width), strict=True))
+    shape = tuple(original.shape[1:])
+    ends, gram, n_pixels = _resized(shape, tuple(size or shape), original.device)
 
     def normalised(maps: Tensor) -> Tensor:
         # Resizing is linear and keeps constants, so that the small map can be normalised by the large one's extremes.
-        maps = maps.float()
-        maps = maps - maps.amin((-2, -1), keepdim=True)  # which makes a constant map 0, and stays so when resized
-        ends = down.ends @ maps @ across.ends.T
-        low, high = ends.amin((-2, -1), keepdim=True), ends.amax((-2, -1), keepdim=True)
+        maps = maps.flatten(2).float()
+        maps = maps - maps.amin(2, keepdim=True)  # which makes a constant map 0, and 0 stays 0 when resized
+        large = maps if ends is None else maps @ ends.T
+        low, high = large.amin(2, keepdim=True), large.amax(2, keepdim=True)
         return (maps - low) / torch.where(high > low, high - low, 1.0)
 
     def block(x: Tensor, y: Tensor) -> Tensor:
         apart = normalised(x) - normalised(y)
-        squares = (apart * (down.gram @ apart @ across.gram)).sum((-2, -1)).clamp_min(0)
-        return 1 / (1 + squares / (height * width))
+        squares = apart * (apart if gram is None else apart @ gram)
+        return 1 / (1 + squares.sum(2).clamp_min(0) / n_pixels)
 
     return _by_block(block, original, views)
 
 
 class _Resized(NamedTuple):
-    """One axis of a bilinear resize A: n values to `to`. A map m becomes A m B^T, between the nodes linear along each
-    axis: its extremes lie where samples meet a node on an axis, and |A m B^T|^2 = m . (A^T A) m (B^T B)."""
+    """A bilinear resize A of flattened maps m, of which |A m|^2 and the extremes of A m are wanted, A m itself not."""
 
-    ends: Float[Tensor, "end n"]
-    """The rows of A that are the first or the last between their two nodes."""
-    gram: Float[Tensor, "n n"]
-    """A^T A."""
+    ends: Float[Tensor, "end node"] | None
+    """The rows of A that can be extremes: between its nodes A m is linear along each axis, so its extremes lie where
+    a sample is the first or the last between two nodes on both. None: A is the identity, as is the other."""
+    gram: Float[Tensor, "node node"] | None
+    """A^T A, since |A m|^2 = m . A^T A m."""
+    n_pixels: int
 
 
-def _resized(n: int, to: int, device: torch.device) -> _Resized:
-    weights = F.interpolate(torch.eye(n, device=device)[None], to, mode="linear")[0].T
-    nodes = weights > 0
-    changes = (nodes[1:] != nodes[:-1]).any(1)
-    edge = changes.new_ones(1)
-    return _Resized(weights[torch.cat([edge, changes]) | torch.cat([changes, edge])], weights.T @ weights)
+def _resized(shape: tuple[int, int], size: tuple[int, int], device: torch.device) -> _Resized:
+    if shape == size:
+        return _Resized(None, None, size[0] * size[1])
+    ends, grams = [], []
+    for n, to in zip(shape, size, strict=True):
+        weights = F.interpolate(torch.eye(n, device=device)[None], to, mode="linear")[0].T
+        nodes = weights > 0
+        changes = (nodes[1:] != nodes[:-1]).any(1)
+        edge = changes.new_ones(1)
+        ends.append(weights[torch.cat([edge, changes]) | torch.cat([changes, edge])])
+        grams.append(weights.T @ weights)
+    return _Resized(torch.kron(*ends), torch.kron(*grams), size[0] * size[1])
 
 
 def mse(original: Images, views: Views) -> Scores:

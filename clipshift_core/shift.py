@@ -209,12 +209,13 @@ def _head_attention(
 ) -> Float[Tensor, "image augmentation block head"]:
     """Attention similarity of each head of each block; NaN for blocks whose rows are not there."""
     similarity = torch.full((n_images, n_views - 1, encoder.n_blocks, encoder.n_heads), torch.nan)
-    for block in range(encoder.n_blocks):
-        if f"attention.{block}" in rows:
-            maps = attention.head_maps(rows[f"attention.{block}"].flatten(0, 1), encoder.grid)
-            maps = maps.unflatten(0, (n_images, n_views)).transpose(1, 2).flatten(0, 1)
-            alike = preservation.attention_similarity(maps[:, 0], maps[:, 1:])
-            similarity[:, :, block] = alike.unflatten(0, (n_images, -1)).transpose(1, 2)
+    there = [block for block in range(encoder.n_blocks) if f"attention.{block}" in rows]
+    if there:
+        of_all = torch.cat([rows[f"attention.{block}"] for block in there], 2)  # (image, view, block head, token)
+        maps = attention.head_maps(of_all.flatten(0, 1), encoder.grid)
+        maps = maps.unflatten(0, (n_images, n_views)).transpose(1, 2).flatten(0, 1)
+        alike = preservation.attention_similarity(maps[:, 0], maps[:, 1:])
+        similarity[:, :, there] = alike.unflatten(0, (n_images, len(there), -1)).permute(0, 3, 1, 2)
     return similarity
 
 
