@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from clipshift_core import preservation
+from clipshift_core import pairs, preservation
 
 
 def plain_patch(a: np.ndarray, b: np.ndarray, wraps: bool) -> float:
@@ -156,6 +157,14 @@ def test_both_ways_give_the_same_number(monkeypatch):
     monkeypatch.setattr(preservation, "_COMPILED", set())
     for name, scores in preservation.of_pixels(pixels[:1], pixels[None, 1:]).items():
         torch.testing.assert_close(fast[name], scores, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_kernel_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch):
+    def nowhere(self):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", nowhere)
+    assert pairs.compiled(lambda a, b: a / b)(1.0, 0.0) == np.inf
 
 
 def test_published_patch_similarity_cannot_fall_below_0_996(way):
