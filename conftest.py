@@ -21,9 +21,11 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 NEVER_COMPARED = ("stderr", "image/svg+xml", "application/pdf")  # png and jpeg nbval leaves out itself
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
-"""How far a number may be from the committed one: of itself, in a figure of the largest number of its array, because
-another processor rounds a small difference of large numbers otherwise. A tolerance and not a rounding: rounded values
-differ wherever two near numbers happen to lie on the two sides of a half. Whole numbers in a text are counts: equal."""
+"""How far a number may be from the committed one. A tolerance and not a rounding: rounded values differ wherever two
+near numbers happen to lie on the two sides of a half. Whole numbers in a text are counts, and have to be equal."""
+OF_LARGEST = 1e-4
+"""The same in an array of a figure, of its largest number: a tenth of a pixel. Another processor rounds a small
+difference of large numbers otherwise, and counts one latent more where an activation is all but 0."""
 
 SANITISED = (
     (r"0x[0-9a-fA-F]{6,}", "ADDRESS"),
@@ -125,7 +127,7 @@ def _largest(value):
 
 
 def _close(new, old, scale=0.0):
-    return math.isclose(new, old, rel_tol=RELATIVE, abs_tol=max(ABSOLUTE, RELATIVE * scale))
+    return math.isclose(new, old, rel_tol=RELATIVE, abs_tol=max(ABSOLUTE, OF_LARGEST * scale))
 
 
 def _read_alike(new, old):

@@ -38,7 +38,7 @@ def questions(dictionaries: Dictionaries, spliced: Splice) -> Iterator[tuple[Sta
     first, table = 0, dictionaries.probe.images
     for state in dictionaries.states(spliced, dictionaries.probe.source):
         n = len(state.stream)
-        embeddings = F.normalize(spliced.embed(state).cpu(), dim=1)
+        embeddings = F.normalize(spliced.embed(state).float().cpu(), dim=1)
         asked = dictionaries.asked(table.iloc[first : first + n], embeddings)
         yield state, attribution.cosine(asked.texts[asked.index]), first
         first += n
@@ -46,7 +46,7 @@ def questions(dictionaries: Dictionaries, spliced: Splice) -> Iterator[tuple[Sta
 
 def attributed(dictionaries: Dictionaries, learned: Learned, *, n_images: int | None = None) -> Attributed:
     """Each of `attribution.METHODS` on the first images of the probe, for the cosine with what is asked of each."""
-    spliced = dictionaries.spliced(learned)
+    spliced = dictionaries.spliced(learned).in_double()
     n_images = min(n_images or len(dictionaries.probe.images), len(dictionaries.probe.images))
     curves, agreements, gaps, units = [], [], [], []
     for state, target, first in questions(dictionaries, spliced):
@@ -76,10 +76,10 @@ def attributed_by_class(dictionaries: Dictionaries, learned: Learned) -> Curves:
 
     From stored class tokens after the last block; raises SpliceError for a dictionary at another place.
     """
-    spliced = dictionaries.spliced(learned)
+    spliced = dictionaries.spliced(learned).in_double()
     x = torch.cat(list(dictionaries.unseen.in_order()))
     state = spliced.from_activations(x)
-    asked = dictionaries.asked(dictionaries.probe.images, F.normalize(spliced.embed(state).cpu(), dim=1))
+    asked = dictionaries.asked(dictionaries.probe.images, F.normalize(spliced.embed(state).float().cpu(), dim=1))
     target = attribution.cosine(asked.texts[asked.index])
     scores = {name: each.values for name, each in by_method(spliced, state, target).items()}
     amounts, evaluate = state.by_latent(state.codes.values), attribution.evaluator(spliced, state, target)

@@ -156,8 +156,10 @@ class Audit:
             return state.on.float()
         if method == "random":
             return self._at_random()
-        texts = self.asked.texts[self.asked.index if classes is None else classes]
-        return METHODS[method](self.spliced, state, attribution.cosine(texts)).values
+        target = attribution.cosine(self.asked.texts[self.asked.index if classes is None else classes])
+        if method == "ablation":
+            return METHODS[method](self.spliced.in_double(), state.double(), target).values.float()
+        return METHODS[method](self.spliced, state, target).values
 
     @cached_property
     def values(self) -> Float[Tensor, "image unit"]:

@@ -7,6 +7,7 @@ the splice runs once; `Tail`, what lies behind it, is the tower's own modules ag
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -233,6 +234,11 @@ class State(NamedTuple):
         values = values.reshape(*lead, n_images, -1)
         return values.new_zeros(*lead, n_images, n_units).scatter_add(-1, unit, values)
 
+    def double(self) -> "State":
+        """The same numbers in float64, for a splice `in_double`."""
+        codes = self.codes._replace(values=self.codes.values.double())
+        return self._replace(stream=self.stream.double(), codes=codes, error=self.error.double())
+
     def scaled(self, factor: Float[Tensor, "image unit"]) -> Float[Tensor, "row slot"]:
         """The codes' values, each times the factor of its unit: 0 deletes a latent from an image, 1 keeps it."""
         spread = factor.to(self.codes.values).gather(1, self.unit.reshape(len(factor), -1))
@@ -266,6 +272,19 @@ class Splice:
         if self.W_dec.device.type != torch.device(encoder.device).type:
             raise SpliceError(f"the autoencoder is on {self.W_dec.device}, {encoder.name} on {encoder.device}")
         self._place = slice(0, 1) if token == "class" else slice(self.tail.n_before, None)
+
+    def in_double(self) -> "Splice":
+        """The same with float64 from the splice on, for differences that float32 would drown: one latent often moves a
+        prediction by less than a thousandth, and the order of such effects is then that of its rounding."""
+        visual = deepcopy(self.encoder.model.visual).double()
+        encoder, model = copy(self.encoder), copy(self.encoder.model)
+        model._modules = {**model._modules, "visual": visual}  # the other parts, and the tower itself, stay as they are
+        encoder.model = model
+        made = copy(self)
+        made.tail, made.sae = tail(encoder, self.layer), deepcopy(self.sae).double()
+        made.W_dec, made.b_dec = made.sae.W_dec.detach(), made.sae.b_dec.detach()
+        made.__dict__.pop("lens", None)
+        return made
 
     def read(self, images: UInt8[Tensor, "image h w 3"] | np.ndarray) -> State:
         """Encode images once, up to the splice and with the codes there.

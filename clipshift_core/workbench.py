@@ -164,18 +164,10 @@ class Workbench:
         return augment.views(self.picture(image_id), seed=self.profile.seed, image_id=image_id)
 
     def keep(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write a table to runs/<profile>/tables/NN-name.csv and return it as written, so that the cell shows it.
-
-        Floats have nine digits: the digits behind them are another processor's, and where the number is a half of the
-        last digit that is shown, as shares of counts often are, they would decide that digit.
-        """
-        written = table.copy()
-        for i, kind in enumerate(table.dtypes):
-            if getattr(kind, "kind", "") == "f":
-                written.isetitem(i, table.iloc[:, i].map(lambda value: float(f"{value:.9g}")))
-        text = written.to_csv(index=False)
+        """Write a table to runs/<profile>/tables/NN-name.csv and return it, so that the cell shows it."""
+        text = table.to_csv(index=False, float_format="%.9g")
         files.write({self.profile.run_dir / "tables" / f"{self.notebook}-{name}.csv": text.encode()})
-        return written
+        return table
 
     def show(self, figure: go.Figure, name: str, *, alt: str) -> go.Figure:
         """Export a figure to runs/<profile>/figures/NN-name.* and return it, so that the cell shows it."""

@@ -3,6 +3,7 @@
 Towers: the shipped scene-s16, and tiny random ones of OpenCLIP's own kind and of timm.
 """
 
+from copy import copy, deepcopy
 from functools import cache, partial
 from pathlib import Path
 
@@ -340,6 +341,29 @@ def in_double(name, layer, token, kind=TopK, n=3):
     encoder.model.visual.double()
     splice = Splice(encoder, sae, layer, token)
     return splice, splice.state_of(through_openclip(encoder, images, layer)[1]), images
+
+
+@pytest.mark.parametrize(
+    "name, layer, token",
+    [("class token", -1, "class"), ("class token", 0, "spatial"), ("timm, rotary", 0, "class")],
+)
+def test_a_splice_in_double_gives_what_a_tower_in_double_does_and_leaves_its_own_as_it_is(name, layer, token):
+    splice, images = spliced(name, layer, token)
+    before, lens = splice.embed(splice.read(images)), splice.lens
+    double = splice.in_double()
+    tower = copy(splice.encoder)
+    tower.model = deepcopy(tower.model)
+    tower.model.visual.double()
+    embedding, stream = through_openclip(tower, images, layer)
+    found = double.embed(double.state_of(stream))
+    assert found.dtype == double.lens.dtype == torch.float64 and difference(double.lens.float(), lens) < RELATIVE
+    torch.testing.assert_close(found, embedding, rtol=1e-12, atol=1e-12)
+    assert torch.equal(splice.embed(splice.read(images)), before) and splice.lens is lens
+    assert {parameter.dtype for parameter in splice.encoder.model.parameters()} == {torch.float32}
+    # it reads images as the other does, and takes that one's states
+    for same in (double.read(images), splice.read(images).double()):
+        assert torch.equal(same.latents, splice.read(images).latents)
+        assert difference(double.embed(same).float(), before) < RELATIVE
 
 
 @pytest.mark.parametrize(

@@ -45,19 +45,11 @@ def test_a_picture_is_what_the_pass_sees(bench):
     assert np.abs(picture.astype(int) - scenes.render(scenes.sample(seed), 32)).mean() < 6  # JPEG and resizing
 
 
-def test_a_half_is_rounded_alike_whatever_its_last_digits(bench):
-    below, above = np.nextafter(0.7645, 0), np.nextafter(0.7645, 1)
-    assert len({f"{value:.3f}" for value in (below, above)}) == 2
-    kept = bench.keep(pd.DataFrame({"accuracy": [below, 0.7645, above]}), "halves")["accuracy"]
-    assert kept.nunique() == kept.round(3).nunique() == len({f"{value:.3f}" for value in kept}) == 1
-
-
 def test_tables_and_figures_carry_the_notebooks_number(bench):
-    table = pd.DataFrame({"a": [1 / 3, 2.0, np.nan], "b": ["x", "y", "z"], "n": [1, 2, 3]}, index=["k", "l", "m"])
-    kept = bench.keep(table, "numbers")
-    pd.testing.assert_frame_equal(kept, table.assign(a=[0.333333333, 2.0, np.nan]), check_exact=True)
+    table = pd.DataFrame({"a": [1 / 3, 2.0], "b": ["x", "y"]})
+    assert bench.keep(table, "numbers") is table
     written = pd.read_csv(bench.profile.run_dir / "tables" / "07-numbers.csv")
-    pd.testing.assert_frame_equal(written, kept.reset_index(drop=True), check_exact=True)
+    assert np.allclose(written["a"], table["a"], rtol=1e-8)
     bench.show(go.Figure(go.Bar(x=[1], y=[2])), "a-bar", alt="one bar at one of height two")
     record = json.loads((bench.profile.run_dir / "figures" / "07-a-bar.json").read_text())
     assert record["notebook"] == "07" and record["profile"] == "p" and record["digest"] == bench.profile.digest
