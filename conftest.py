@@ -27,7 +27,7 @@ NEVER_COMPARED = ("stderr", "image/svg+xml", "application/pdf")  # png and jpeg 
 RELATIVE, ABSOLUTE = 1e-5, 1.5e-6
 """How far a number may be from the committed one; pandas shows six decimals, of which the last may turn. A tolerance
 and not a rounding: rounded values differ wherever two near numbers happen to lie on the two sides of a half. Whole
-numbers in a text are counts, and have to be equal."""
+numbers are counts, and have to be equal."""
 OF_LARGEST = 5e-4
 """The same in an array of a figure, of its largest number: half of one in a thousand pixels. Another processor rounds a
 small difference of large numbers otherwise, and puts two latents that are all but equal in the other order."""
@@ -132,6 +132,8 @@ def _largest(value):
 
 
 def _close(new, old, scale=0.0):
+    if isinstance(new, int) and isinstance(old, int):
+        return new == old
     return math.isclose(new, old, rel_tol=RELATIVE, abs_tol=max(ABSOLUTE, OF_LARGEST * scale))
 
 

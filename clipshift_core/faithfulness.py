@@ -281,8 +281,8 @@ def mean_intervals(
     if n > 1:
         draws = stats.bootstrap_draws(lambda counts: counts @ values.T / n, n, n_resamples=n_resamples, seed=seed)
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    # Rounded, since many are means of fifths: 0.5875 must not be a hair less on another processor, and shown as 0.587.
-    return index.to_frame(index=False).assign(mean=mean.round(12), low=low.round(12), high=high.round(12))
+    mean, low, high = stats.settled([mean, low, high])
+    return index.to_frame(index=False).assign(mean=mean, low=low, high=high)
 
 
 def _on(values: Float[Tensor, "image slot"], scores: Scores) -> Bool[Tensor, "image slot"]:

@@ -173,10 +173,8 @@ def suppressed(
             for deleted, call in calls.items():
                 for measure, statistic in _measures(call[here], label, cues, images.planted, " - " in deleted).items():
                     value = stats.bootstrap(statistic, len(label), n_resamples=n_resamples, seed=seed)
-                    rows.append((reader, split, measure, deleted, *value, len(label)))
-    columns = ["reader", "split", "measure", "deleted", "value", "low", "high", "n"]
-    # Means of shares: 0.7645 must not be a hair less on another processor, where it would be shown as 0.764.
-    return pd.DataFrame(rows, columns=columns).round(12)
+                    rows.append((reader, split, measure, deleted, *stats.settled(value), len(label)))
+    return pd.DataFrame(rows, columns=["reader", "split", "measure", "deleted", "value", "low", "high", "n"])
 
 
 def aurocs(units: Float[NDArray, "image latent"], shown: pd.DataFrame) -> Float[NDArray, "latent factor"]:

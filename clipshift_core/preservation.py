@@ -134,8 +134,8 @@ def attention_similarity(
             f"maps of {tuple(original.shape)} and {tuple(views.shape)}: "
             "(image, row, col) and (image, view, row, col) are accepted"
         )
-    shape = tuple(original.shape[1:])
-    ends, gram, n_pixels = _resized(shape, tuple(size or shape), original.device)
+    height, width = size or original.shape[1:]
+    ends, gram = _resized(tuple(original.shape[1:]), (height, width), original.device)
 
     def normalised(maps: Tensor) -> Tensor:
         # Resizing is linear and keeps constants, so that the small map can be normalised by the large one's extremes.
@@ -148,7 +148,7 @@ def attention_similarity(
     def block(x: Tensor, y: Tensor) -> Tensor:
         apart = normalised(x) - normalised(y)
         squares = apart * (apart if gram is None else apart @ gram)
-        return 1 / (1 + squares.sum(2).clamp_min(0) / n_pixels)
+        return 1 / (1 + squares.sum(2).clamp_min(0) / (height * width))
 
     return _by_block(block, original, views)
 
@@ -161,12 +161,11 @@ class _Resized(NamedTuple):
     a sample is the first or the last between two nodes on both. None: A is the identity, as is the other."""
     gram: Float[Tensor, "node node"] | None
     """A^T A, since |A m|^2 = m . A^T A m."""
-    n_pixels: int
 
 
 def _resized(shape: tuple[int, int], size: tuple[int, int], device: torch.device) -> _Resized:
     if shape == size:
-        return _Resized(None, None, size[0] * size[1])
+        return _Resized(None, None)
     ends, grams = [], []
     for n, to in zip(shape, size, strict=True):
         weights = F.interpolate(torch.eye(n, device=device)[None], to, mode="linear")[0].T
@@ -175,7 +174,7 @@ def _resized(shape: tuple[int, int], size: tuple[int, int], device: torch.device
         edge = changes.new_ones(1)
         ends.append(weights[torch.cat([edge, changes]) | torch.cat([changes, edge])])
         grams.append(weights.T @ weights)
-    return _Resized(torch.kron(*ends), torch.kron(*grams), size[0] * size[1])
+    return _Resized(torch.kron(*ends), torch.kron(*grams))
 
 
 def mse(original: Images, views: Views) -> Scores:

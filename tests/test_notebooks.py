@@ -143,6 +143,8 @@ plotly.io.renderers.default = "plotly_mimetype"
 def figure(seed=7, title="Shift", largest=1):
     y = np.append(np.random.default_rng(seed).normal(size=9), largest)
     return go.Figure(go.Scatter(y=y), {"title": {"text": title}})
+def figure_of(y):
+    return go.Figure(go.Scatter(y=y))
 """
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -190,6 +192,7 @@ MUST_FAIL = {
     "a title": ("figure()", replaced("Shift", "Shaft")),
     "a figure point moved by 0.01": ("figure()", moved(0.01)),
     "a figure point moved by 1e-3 of the largest": ("figure(largest=50)", moved(0.05)),
+    "a count in a figure": ("figure_of([3, 100000])", replaced("100000", "100001")),
     "a seed": ("figure(seed=1)", reseeded),
     "an output gone": ("print(1)", lambda cell: cell.update(outputs=[])),
 }
