@@ -12,6 +12,7 @@ FORCE ?=
 DRY ?=
 OF ?=
 FAST ?=
+ONLY ?=
 
 RUN := .venv/bin/python -m
 # Python keeps what it has compiled, whatever the user's environment says: else each of the many kernels compiles anew.
@@ -44,9 +45,9 @@ refresh: setup ## run the demo and renew the committed notebooks and figures/
 figures: setup ## run the demo and renew figures/ alone
 	@$(RUN) clipshift_core.publish --figures-only
 
-test: setup ## lint, unit tests, and every committed notebook run again and compared [FAST=1 leaves out what takes minutes]
+test: setup ## lint, unit tests, and every committed notebook run again and compared [FAST=1 leaves out what takes minutes] [ONLY="tests/test_stats.py ..."]
 	@$(RUN) ruff check .
-	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow")
+	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow") $(ONLY)
 
 lab: setup ## open the notebooks in JupyterLab [OF=name of a run in runs/]
 	@$(RUN) jupyter lab "$(if $(OF),runs/$(OF)/notebooks,notebooks)" --LabApp.default_url=/lab/tree/00_start_here.ipynb

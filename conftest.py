@@ -1,28 +1,27 @@
-"""How the committed notebooks are compared with a fresh run (nbval), and how tests are shared out to workers.
+"""How the committed notebooks are compared with a fresh run (nbval), how tests are shared out to workers, and which
+of them a machine is asked to pass.
 
-It lies at the root because it holds for `notebooks/` and for `tests/`.
-
-Another processor computes other last digits. Which of them show was tried with the libraries held to AVX2 and to SSE4:
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell, and default, SSE41,
-COMPATIBLE, Nehalem, each on a run of its own.
+It lies at the root because it holds for `notebooks/` and for `tests/`. Another processor computes other last digits:
+`tests/matrix.py` tries the comparison on those that this one can be held to, with a browser and without.
 """
 
 import base64
 import functools
 import io
 import math
+import os
 import re
 
 import nbformat
 import numpy as np
 import pytest
-from nbval.plugin import IPyNbCell, IPyNbFile
+from nbval.plugin import IPyNbCell
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
-PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-NEVER_COMPARED = ("stderr", "image/svg+xml", "application/pdf")  # png and jpeg nbval leaves out itself
+DRAWN = {"image/png", "image/jpeg", "image/svg+xml", "application/pdf"}
+"""Kinds of output that a browser draws, where there is one, of figures whose numbers are compared."""
 
 RELATIVE, ABSOLUTE = 1e-5, 1.5e-6
 """How far a number may be from the committed one; pandas shows six decimals, of which the last may turn. A tolerance
@@ -42,11 +41,6 @@ SANITISED = (
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*\.\d+(?:e[-+]?\d+)?")
 
 
-def pytest_collectstart(collector):
-    if isinstance(collector, IPyNbFile):
-        collector.skip_compare += NEVER_COMPARED
-
-
 def pytest_itemcollected(item):
     if isinstance(item, IPyNbCell):
         item.compare_outputs = functools.partial(_compare, item.compare_outputs)
@@ -59,6 +53,27 @@ def pytest_collection_modifyitems(items):
     """
     long = (".ipynb::", "test_series.py::", "test_rehearsal.py::")
     items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+
+
+def pytest_runtest_setup(item):
+    """What needs a browser is skipped where there is none. CI has one, unless it hides it by a false BROWSER_PATH."""
+    if item.get_closest_marker("browser"):
+        from clipshift_core import canvas  # seconds, which a run of the notebooks alone need not wait
+
+        problem = canvas.find_browser()[1]
+        if problem and os.environ.get("CI") == "true" and not os.environ.get("BROWSER_PATH"):
+            pytest.fail(problem)
+        if problem:
+            pytest.skip(problem)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests have to say of the machine, by `record_property("machine", ...)`."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    said = [value for report in reports for name, value in report.user_properties if name == "machine"]
+    if said:
+        terminalreporter.section("this machine")
+        terminalreporter.write("".join(f"{line}\n" for line in dict.fromkeys(said)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -81,8 +96,19 @@ def _compare(exact, test, ref, skip_compare=None):
 
 
 def _comparable(outputs):
-    kept = [output for output in outputs if WIDGET not in output.get("data", {})]
-    return [nbformat.from_dict(_plain(output)) for output in kept]
+    """The outputs that are compared, without what changes from run to run.
+
+    What is left out goes first, on both sides: outputs are paired by their order, and another machine warns on stderr
+    where this one does not, or has no browser.
+    """
+    kept = []
+    for output in outputs:
+        data = output.get("data", {})
+        shown = {kind: value for kind, value in data.items() if kind not in DRAWN}
+        is_picture = len(shown) < len(data) and set(shown) <= {"text/plain"}
+        if output.get("name") != "stderr" and WIDGET not in data and not is_picture:
+            kept.append(nbformat.from_dict(_plain(output | {"data": shown} if data else output)))
+    return kept
 
 
 def _plain(value):

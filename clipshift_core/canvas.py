@@ -246,15 +246,20 @@ def warm_up() -> None:
     threading.Thread(target=browser, daemon=True, name="browser").start()
 
 
-@cache
-def _browser() -> str | None:
+def find_browser() -> tuple[str, str]:
+    """The path of a browser, not yet tried, and what is wrong where there is none: one of the two is empty."""
     path = os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
     if not path:
-        problem = "no Chrome or Chromium was found (install one, or set BROWSER_PATH)"
-    elif not os.access(path, os.X_OK):
-        problem = f"BROWSER_PATH={path} is not an executable file"
-    else:
-        problem = _start_drawing(path)
+        return "", "no Chrome or Chromium was found (install one, or set BROWSER_PATH)"
+    if not os.access(path, os.X_OK):
+        return "", f"BROWSER_PATH={path} is not an executable file"
+    return path, ""
+
+
+@cache
+def _browser() -> str | None:
+    path, problem = find_browser()
+    problem = problem or _start_drawing(path)
     if problem:
         print(f"Figures stay interactive only, without PNG: {problem}.", file=sys.stderr)
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import attention, checkpoints, hooks
 from .checkpoints import EncoderError, first_lines
-from .fastpath import FastVision, NotFast, check_views, shift_error
+from .fastpath import FastVision, NotFast, bfloat16_gain, check_views, shift_error
 
 PRECISIONS = ("auto", "fp32", "mixed")
 MAX_SHIFT_ERROR = 0.03
@@ -49,7 +49,7 @@ class Encoder:
     logit_scale: the factor on cosines (already exponentiated).
     weights_hash: SHA-256 (hex) of the one weights file where there is just one, else of the tensors.
     vision: "fast", or "plain: " and the reason why OpenCLIP's own forward is used.
-    precision_error: largest error of a mean 1 - cosine by "mixed" in the check at loading; 0.0 for "fp32".
+    precision_error: largest relative error of a mean 1 - cosine by "mixed" in the check at loading; 0.0 for "fp32".
     """
 
     def __init__(self, model: nn.Module, source: str, *, name: str, weights_hash: str, precision: str):
@@ -90,8 +90,9 @@ class Encoder:
         """A model by local folder (open_clip_config.json and weights), "hf-hub:owner/model", or OpenCLIP's name.
 
         `pretrained`: with OpenCLIP's name only, its tag or a weights file (`checkpoints.SUFFIXES`).
-        `precision`: "fp32"; "mixed" (bfloat16 products, float32 residual stream); "auto" is fp32 on a CPU and
-        on CUDA mixed where that passes the check `MAX_SHIFT_ERROR`. Raises EncoderError; never random weights.
+        `precision`: "fp32"; "mixed" (bfloat16 products, float32 residual stream), refused where these products are
+        slower than float32 ones or fail the check `MAX_SHIFT_ERROR`; "auto" is fp32 on a CPU, and on CUDA mixed
+        unless that is refused. Raises EncoderError; never random weights.
         """
         if precision not in PRECISIONS:
             raise EncoderError(f"precision {precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
@@ -220,23 +221,20 @@ class Encoder:
 
     def _fast_or_plain(self, pixels: Tensor, reference: Tensor) -> tuple[Vision, str]:
         """The fast path in fp32 if it gives `reference` for `pixels`, else the plain one and why."""
+
+        def objection(found: Tensor) -> str:
+            difference = float((found - reference).abs().max() / reference.abs().max())
+            return "" if difference <= FAST_TOLERANCE else f"differs by {difference:.1e}"
+
+        fast, _, objections = self._first_good(self._fast_ways(torch.float32), pixels, objection)
+        if fast is None:
+            return self._plain, f"plain: {objections[-1]}"
+        return fast, f"fast, not prepacked: {objections[0]}" if objections else "fast"
+
+    def _fast_ways(self, dtype: torch.dtype) -> list[Callable[[], Vision]]:
+        """The fast path with prepacked weights, where torch has such a thing, and without."""
         packed = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        reason = ""
-        for attempt in (True, False) if packed else (False,):
-            try:
-                fast = self._build_fast(torch.float32, attempt)
-                difference = (fast(pixels)[0] - reference).abs().max() / reference.abs().max()
-            except NotFast as unknown:
-                return self._plain, f"plain: {unknown}"
-            # The private operations are gone, or take other arguments, in some torch: the next attempt has none.
-            except (AttributeError, RuntimeError, TypeError) as error:
-                reason = first_lines(error)
-                continue
-            if difference <= FAST_TOLERANCE:
-                self._packed = attempt
-                return fast, "fast" if attempt or not packed else f"fast, not prepacked: {reason}"
-            reason = f"differs by {float(difference):.1e}"
-        return self._plain, f"plain: {reason}"
+        return [partial(self._build_fast, dtype, layout) for layout in ((True, False) if packed else (False,))]
 
     def _build_fast(self, dtype: torch.dtype, packed: bool) -> Vision:
         with torch.inference_mode():
@@ -250,26 +248,53 @@ class Encoder:
 
         return run
 
+    @staticmethod
+    def _first_good(
+        ways: Sequence[Callable[[], Vision]], pixels: Tensor, objection: Callable[[Tensor], str]
+    ) -> tuple[Vision | None, Tensor | None, list[str]]:
+        """The first way that can be built and run, and to whose embeddings of `pixels` there is no objection.
+
+        With these embeddings, and what there is against each way before it; None and None where none is good.
+        """
+        objections = []
+        for build in ways:
+            try:
+                vision = build()
+                found = vision(pixels)[0]
+                against = objection(found)
+            # oneDNN's private operations are gone, or take other arguments, in some torch; its packing and its
+            # products refuse bfloat16 on processors without AVX-512.
+            except (NotFast, AttributeError, RuntimeError, TypeError) as error:
+                against = first_lines(error)
+            if not against:
+                return vision, found, objections
+            objections.append(against)
+        return None, None, objections
+
     def _try_mixed(self, *, required: bool) -> None:
-        """Take bfloat16 products if they pass the check; if not, stay in fp32, or raise where `required`."""
+        """Take bfloat16 products if they are faster and pass the check; else stay in fp32, or raise if `required`."""
         images, n_views = check_views(self.image_size)
         images = images.to(self.device)
-        if self.vision.startswith("fast"):
-            mixed = self._build_fast(torch.bfloat16, self._packed)
-            try:
-                mixed(images[:1])
-            except RuntimeError:  # oneDNN refuses bfloat16 where the processor has no AVX-512; torch's product works
-                mixed = self._build_fast(torch.bfloat16, False)
+        exact = self._vision(images)[0].cpu()
+
+        def objection(found: Tensor) -> str:
+            error = shift_error(found.cpu(), exact, n_views)
+            more = f"it moves a mean 1 - cosine by {error:.1%}, more than {MAX_SHIFT_ERROR:.0%}"
+            return "" if error <= MAX_SHIFT_ERROR else more
+
+        mixed, times = None, 1 / bfloat16_gain(self.device)
+        if times < 1:
+            fast = self.vision.startswith("fast")
+            ways = self._fast_ways(torch.bfloat16) if fast else [lambda: partial(self._plain, dtype=torch.bfloat16)]
+            mixed, found, objections = self._first_good(ways, images, objection)
         else:
-            mixed = partial(self._plain, dtype=torch.bfloat16)
-        error = shift_error(mixed(images)[0].cpu(), self._vision(images)[0].cpu(), n_views)
-        if error <= MAX_SHIFT_ERROR:
-            self._vision, self.precision, self.precision_error = mixed, "mixed", error
+            device = self.device.type
+            objections = [f"on this {device} a product in bfloat16 takes {times:.1f} times as long as in float32"]
+        if mixed is not None:
+            self._vision, self.precision = mixed, "mixed"
+            self.precision_error = shift_error(found.cpu(), exact, n_views)
         elif required:
-            raise EncoderError(
-                f"{self.name}: precision 'mixed' moves a mean 1 - cosine by {error:.1%}, "
-                f"more than {MAX_SHIFT_ERROR:.0%}; accepted here: fp32"
-            )
+            raise EncoderError(f"{self.name}: precision 'mixed' is refused: {objections[-1]}; accepted: fp32")
 
 
 def _device(device: str) -> torch.device:

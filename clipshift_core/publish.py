@@ -15,7 +15,7 @@ import nbformat
 from PIL import Image
 from rich.console import Console
 
-from . import profiles
+from . import canvas, profiles
 from .profiles import ProfileError
 from .reproduce import Run, run, summarise
 from .series import KERNELSPEC, RunError
@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 110)
+    if problem := canvas.find_browser()[1]:  # what is committed has a picture of every figure
+        print(f"nothing was renewed: {problem}", file=sys.stderr)
+        return 1
     try:
         result = run("demo", console=console)
     except (ProfileError, RunError) as error:

@@ -59,14 +59,13 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Every figure
 #
-# Paper A's questions (notebooks 00 to 06), then paper B's and the bridge between the two (07 to 12).
+# Paper A's questions (notebooks 00 to 06), then paper B's and the bridge between the two (07 to 12). The two sheets are made of pictures, which a
+# browser draws (Chromium or Chrome). Where none is installed, nothing is shown here; the `.html` files in this run's `figures` folder hold every figure.
 
 # %%
-pictures = sorted(path for path in (bench.profile.run_dir / "figures").glob("*.png") if not path.name.startswith("13-"))
+pictures = sorted(path for path in (bench.profile.run_dir / "figures").glob("*.png") if path.name < "13")
 for name, first in (("paper-a", "00"), ("paper-b", "07")):
     some = [path for path in pictures if (path.name < "07") == (first == "00")]
     if some:
         title = f"The figures of notebooks {first} to {some[-1].name[:2]}"
         bench.show(figures_ledger.sheet(some, title), name, alt=f"{title}, small, each with its name and title.").show("png")
-if not pictures:
-    display(Markdown("Left out: no browser was found to draw the figures; the `.html` files beside this run's tables hold them."))

@@ -21,7 +21,6 @@ from urllib.request import urlopen
 
 import nbformat
 import numpy as np
-from choreographer.browsers.chromium import Chromium
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
@@ -36,11 +35,6 @@ TOO_SLOW = "[anywidget] Failed to initialize model."
 hears of no change. A person would run the cells again, and so do we, once."""
 
 expect.set_options(timeout=SECONDS * 1000)
-
-
-def chromium() -> str | None:
-    """The browser that also draws the PNGs, looked for as `canvas.browser` does."""
-    return os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False)
 
 
 def recipe() -> list[str]:

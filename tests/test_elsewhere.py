@@ -93,6 +93,7 @@ def clone(tmp_path):
     for path in first_two():  # paired anew: whether the real ones are pairs is not asked here
         copy = shutil.copy(path, tmp_path / "notebooks")
         jupytext.write(nbformat.read(path, as_version=4), Path(copy).with_suffix(".py"), fmt="py:percent")
+    (tmp_path / "figures").symlink_to(ROOT / "figures")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 

@@ -383,7 +383,13 @@ def shifts(embedding, n_views):
     return np.array([np.mean([1 - a @ b for a, b in zip(unit[0], view, strict=True)]) for view in unit[1:]])
 
 
-def test_mixed_keeps_every_mean_shift_within_three_per_cent(folder):
+@pytest.fixture
+def bfloat16_is_fast(monkeypatch):
+    """As if it were, so that its numbers are tested on every processor; test_processors.py has the real choice."""
+    monkeypatch.setattr(room, "bfloat16_gain", lambda device: 2.0)
+
+
+def test_mixed_keeps_every_mean_shift_within_three_per_cent(folder, bfloat16_is_fast):
     torch.manual_seed(0)
     # A ViT-B/32 of two thirds the width: its tokens and its depth, in half the time.
     vision = {"image_size": 224, "layers": 12, "width": 512, "head_width": 64, "patch_size": 32}
@@ -399,7 +405,7 @@ def test_mixed_keeps_every_mean_shift_within_three_per_cent(folder):
     assert error.max() <= 0.03, error
 
 
-def test_mixed_of_a_plain_tower_is_checked_too(tmp_path):
+def test_mixed_of_a_plain_tower_is_checked_too(tmp_path, bfloat16_is_fast):
     folder = save_model(tmp_path / "model", {"pool_type": "avg"})
     images = squares()
     mixed = Encoder.load(str(folder), device="cpu", precision="mixed")
@@ -407,10 +413,53 @@ def test_mixed_of_a_plain_tower_is_checked_too(tmp_path):
     assert mixed.precision == "mixed" and 1e-4 < difference < 0.1
 
 
-def test_mixed_that_fails_its_check_is_refused(folder, monkeypatch):
+def test_mixed_that_fails_its_check_is_refused(folder, monkeypatch, bfloat16_is_fast):
     monkeypatch.setattr(room, "MAX_SHIFT_ERROR", 1e-9)
-    with pytest.raises(EncoderError, match="accepted here: fp32"):
+    with pytest.raises(EncoderError, match="moves a mean 1 - cosine by .* more than 0%; accepted: fp32"):
         Encoder.load(str(folder), device="cpu", precision="mixed")
+
+
+def test_mixed_that_is_slower_is_refused_and_auto_does_not_ask(folder, monkeypatch):
+    monkeypatch.setattr(room, "bfloat16_gain", lambda device: 0.4)
+    with pytest.raises(EncoderError) as refused:
+        Encoder.load(str(folder), device="cpu", precision="mixed")
+    assert str(refused.value) == (
+        "tiny: precision 'mixed' is refused: on this cpu a product in bfloat16 takes 2.5 times as long as in float32; "
+        "accepted: fp32"
+    )
+    monkeypatch.setattr(room, "bfloat16_gain", lambda device: pytest.fail("measured for nothing"))
+    assert Encoder.load(str(folder), device="cpu").precision == "fp32"
+
+
+def test_bfloat16_that_cannot_be_prepacked_is_multiplied_as_it_is(folder, monkeypatch, bfloat16_is_fast):
+    def pack(weight, rows):
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx512bw")
+        return packed(weight, rows)
+
+    packed = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", pack)
+    mixed = Encoder.load(str(folder), device="cpu", precision="mixed")
+    exact = Encoder.load(str(folder), device="cpu").encode(squares()).embedding
+    assert mixed.vision == "fast" and mixed.precision == "mixed" and mixed.precision_error <= 0.03
+    assert 1e-4 < relative(mixed.encode(squares()).embedding, exact) < 0.1
+
+
+@pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}], ids=["fast", "plain"])
+def test_bfloat16_that_cannot_be_multiplied_is_refused(tmp_path, monkeypatch, bfloat16_is_fast, vision):
+    def multiply(x, weight, bias=None):
+        # as inside torch.autocast, where the operands are rounded later
+        if torch.bfloat16 in (x.dtype, weight.dtype) or torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no such product here")
+        return product(x, weight, bias)
+
+    product = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", multiply)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no prepacked ones either
+    folder = save_model(tmp_path / "model", vision)
+    with pytest.raises(EncoderError) as refused:
+        Encoder.load(str(folder), device="cpu", precision="mixed")
+    assert str(refused.value) == "model: precision 'mixed' is refused: no such product here; accepted: fp32"
 
 
 def test_shift_error_by_hand():
@@ -820,7 +869,8 @@ def test_cuda_equals_the_cpu(folder, tiny):
     assert exact.vision == "fast" and relative(exact.encode(images).embedding, wanted) < RELATIVE
     assert relative(exact.encode_text(["a duck"]), tiny.encode_text(["a duck"])) < RELATIVE
     auto = Encoder.load(str(folder), device="cuda")
-    assert auto.precision == "mixed" and auto.precision_error <= 0.03
+    fast = room.bfloat16_gain(auto.device) > 1  # since Ampere
+    assert auto.precision == ("mixed" if fast else "fp32") and auto.precision_error <= 0.03
     views = numpy_views(squares(4))
     flat = views.reshape(-1, 64, 64, 3)
     found, true = (shifts(each.encode(flat).embedding, len(views)) for each in (auto, tiny))

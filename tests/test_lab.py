@@ -5,14 +5,16 @@ import os
 from pathlib import Path
 
 import jupytext
+import lab
 import nbformat
 import pytest
 from PIL import Image
+from playwright import sync_api as playwright
 
+from clipshift_core import canvas
 from clipshift_core.profiles import ROOT
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-import lab  # noqa: E402  it needs playwright
+pytestmark = pytest.mark.browser
 
 TOY = """
 import ipywidgets, plotly.graph_objects as go
@@ -48,12 +50,8 @@ Profile.run_dir = property(lambda profile: pathlib.Path("run").resolve())
 
 @pytest.fixture(scope="module")
 def browser():
-    path = lab.chromium()
-    if not path:
-        missing = "no Chrome or Chromium was found (install one, or set BROWSER_PATH)"
-        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path)
+        started = driver.chromium.launch(executable_path=canvas.find_browser()[0])
         yield started
         started.close()
 

@@ -16,6 +16,7 @@ import numpy as np
 import papermill
 import pytest
 
+from clipshift_core import publish
 from clipshift_core.profiles import ROOT
 from clipshift_core.publish import WIDGET, clean
 from clipshift_core.series import KERNELSPEC, PARAMETERS, parameters_of
@@ -90,6 +91,17 @@ def test_carries_no_noise(path):
     assert path.stat().st_size < LARGEST
 
 
+@each_executed
+def test_figures_have_their_pictures(path):
+    """They are left out of the comparison, and GitHub shows nothing else."""
+    outputs = [output for cell in code_cells(nbformat.read(path, as_version=4)) for output in cell.outputs]
+    shown = [output.get("data", {}) for output in outputs]
+    assert all("image/png" in data for data in shown if PLOTLY in data)
+    figures = list((ROOT / "figures").glob(f"{path.name[:2]}-*.html"))
+    assert all(figure.with_suffix(".png").is_file() for figure in figures)
+    assert sum("image/png" in data for data in shown) == len(figures)
+
+
 @each_source
 def test_parameters_are_the_two_and_literal(path):
     defaults = parameters_of(jupytext.read(path, fmt="py:percent"), path.name)
@@ -133,6 +145,13 @@ def test_clean_leaves_sources_counts_and_outputs_only():
     assert [output.text for output in cleaned.cells[0].outputs] == ["read data/x.tar"]
 
 
+def test_nothing_is_published_without_its_pictures(monkeypatch, capsys):
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere/chromium")
+    monkeypatch.setattr(publish, "run", lambda *_, **__: pytest.fail("run for nothing"))
+    assert publish.main([]) == 1
+    assert capsys.readouterr().err == "nothing was renewed: BROWSER_PATH=/nowhere/chromium is not an executable file\n"
+
+
 # The proof: a small notebook is run, one thing in each cell's committed output (or source) is changed, and nbval
 # has to tell the changes that matter from those that do not.
 
@@ -145,6 +164,10 @@ def figure(seed=7, title="Shift", largest=1):
     return go.Figure(go.Scatter(y=y), {"title": {"text": title}})
 def figure_of(y):
     return go.Figure(go.Scatter(y=y))
+def warn():
+    print("late", file=sys.stderr)
+def numbers(word="mean"):
+    print(word, 0.1234567890123456)
 """
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -164,7 +187,8 @@ def moved(by):
     """A change of one point of a figure, inside plotly's base64."""
 
     def change(cell):
-        packed = cell.outputs[0]["data"][PLOTLY]["data"][0]["y"]
+        (figure,) = (output["data"][PLOTLY] for output in cell.outputs if PLOTLY in output.get("data", {}))
+        packed = figure["data"][0]["y"]
         values = np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"]).copy()
         values[3] += by
         packed["bdata"] = base64.b64encode(values.tobytes()).decode()
@@ -181,6 +205,46 @@ def unchanged(cell):
     pass
 
 
+def silent(cell):
+    """As committed: nothing of stderr is."""
+    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def drawn(cell):
+    """As committed where there was a browser: a picture beside each figure."""
+    for output in cell.outputs:
+        if PLOTLY in output.get("data", {}):
+            output["data"]["image/png"] = PICTURE
+
+
+def sheets(cell):
+    """As committed where there was a browser: two pictures, one as plotly shows it and one as IPython does."""
+    shown = [{"image/png": PICTURE}, {"image/png": PICTURE, "text/plain": "<IPython.core.display.Image object>"}]
+    cell.outputs = [*(nbformat.v4.new_output("display_data", data) for data in shown), *cell.outputs]
+
+
+def both(*changes):
+    """One change after another."""
+
+    def change(cell):
+        for each in changes:
+            each(cell)
+
+    return change
+
+
+PICTURE = base64.b64encode(b"drawn by a browser").decode()
+NEAR, FAR = replaced("0.1234567890123456", "0.1234567890123451"), replaced("0.1234567890123456", "0.1235567890123456")
+"""A number as another processor may compute it, and a wrong one."""
+WARNED = {
+    "in front": "warn(); numbers(); display(figure())",
+    "in the middle": "numbers(); warn(); display(figure()); numbers('median')",
+    "between two lines of text": "numbers(); warn(); numbers('median'); display(figure())",
+    "at the end": "numbers(); display(figure()); warn()",
+    "everywhere": "warn(); numbers(); warn(); display(figure()); warn()",
+}
+"""Cells that warn on stderr where the machine that executed the committed notebook did not."""
+
 TABLE = 'pd.DataFrame({"l2": [1.2345, 2.5]})'
 MUST_FAIL = {
     "a printed digit": ('print(f"mean {0.43214:.4f}")', replaced("0.4321", "0.4322")),
@@ -195,7 +259,16 @@ MUST_FAIL = {
     "a count in a figure": ("figure_of([3, 100000])", replaced("100000", "100001")),
     "a seed": ("figure(seed=1)", reseeded),
     "an output gone": ("print(1)", lambda cell: cell.update(outputs=[])),
+    "an output more": ("numbers()", lambda cell: cell.outputs.append(cell.outputs[0])),
+    "a figure gone, a picture there": ("figure()", both(lambda cell: cell.update(outputs=[]), sheets)),
+    "a figure point moved by 0.01 beside its picture": ("figure()", both(drawn, moved(0.01))),
+    "a title beside its picture": ("figure()", both(drawn, replaced("Shift", "Shaft"))),
+    "a figure point moved by 0.01 after two pictures": ("figure()", both(moved(0.01), sheets)),
+    "a line of text after two pictures": ("numbers()", both(FAR, sheets)),
+    "a sentence in place of two pictures": ("print('Left out.')", both(lambda cell: cell.update(outputs=[]), sheets)),
 }
+MUST_FAIL |= {f"a digit, warned {where}": (source, both(silent, FAR)) for where, source in WARNED.items()}
+MUST_FAIL |= {f"a figure, warned {where}": (source, both(silent, moved(0.01))) for where, source in WARNED.items()}
 MUST_PASS = {
     "nothing": (TABLE, unchanged),
     "elapsed time": ('print(f"took {time.perf_counter():.3f} s")', replaced("took ", "took 1")),
@@ -204,8 +277,14 @@ MUST_PASS = {
     "a table's sixth decimal": ('pd.DataFrame({"cosine": [0.023984]})', replaced("0.023984", "0.023983")),
     "a figure point moved by 1e-9": ("figure()", moved(1e-9)),
     "a figure point moved by 2e-4 of the largest": ("figure(largest=50)", moved(0.01)),
-    "standard error": ("print('late', file=sys.stderr)", lambda cell: cell.update(outputs=[])),
+    "standard error": ("warn()", silent),
+    "pictures that no browser drew": ("figure()", both(moved(1e-9), drawn, sheets)),
+    "pictures that a browser drew here alone": (
+        "display({'image/png': 'x'}, raw=True)",
+        lambda cell: cell.outputs.clear(),
+    ),
 }
+MUST_PASS |= {f"warned {where}": (source, both(silent, NEAR, moved(1e-9))) for where, source in WARNED.items()}
 
 
 def test_nbval_fails_for_what_matters_and_only_then(tmp_path):
@@ -225,4 +304,33 @@ def test_nbval_fails_for_what_matters_and_only_then(tmp_path):
     failed = [case.find("failure") is not None for case in report]
     assert len(failed) == 1 + len(cases), done.stdout
     verdicts = dict(zip(cases, failed[1:], strict=True))
-    assert not failed[0] and verdicts == {case: case in MUST_FAIL for case in cases}, done.stdout
+    wrong = [case for case, failed in verdicts.items() if failed != (case in MUST_FAIL)]
+    assert not failed[0] and not wrong, done.stdout
+
+
+MARKED = """
+import pytest
+
+@pytest.mark.browser
+def test_drawing():
+    pass
+
+def test_level(record_property):
+    record_property("machine", "a weak processor: slower")
+"""
+
+
+@pytest.mark.parametrize("there, counts", [(False, "1 passed, 1 skipped"), (True, "2 passed")])
+def test_what_needs_a_browser_is_skipped_where_it_is_hidden(tmp_path, there, counts):
+    browser = tmp_path / "chromium"
+    browser.write_text("#!/bin/sh\n")
+    browser.chmod(0o755 if there else 0o644)
+    (tmp_path / "test_marked.py").write_text(MARKED)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"BROWSER_PATH": str(browser), "CI": "true"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_marked.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert f"{counts} in" in done.stdout and "a weak processor: slower" in done.stdout
+    assert there or f"BROWSER_PATH={browser} is not an executable file" in done.stdout

@@ -33,8 +33,12 @@ def main(n_rounds: int = 5) -> None:
     parts = {name: [] for name in workers}
     gflops = []
     for _ in range(n_rounds):
-        for name, worker in workers.items():
+        for name, worker in list(workers.items()):
             answer = ask(worker)
+            if "refused" in answer:
+                print(f"{name}: left out. {answer['refused']}")
+                workers.pop(name).stdin.close()
+                continue
             seconds[name].append(answer["seconds"])
             parts[name].append(answer["parts"])
             gflops.append(answer["gflops"])
@@ -42,13 +46,13 @@ def main(n_rounds: int = 5) -> None:
         worker.stdin.close()
         worker.wait()
 
-    per_image = {name: median(each) / N_IMAGES for name, each in seconds.items()}
+    per_image = {name: median(each) / N_IMAGES for name, each in seconds.items() if each}
     peak, gflop = max(gflops), gflop_per_image()
     floor = gflop / peak
     shares = {
         name: {part: median(each[part] for each in held) / (N_IMAGES * per_image[name]) for part in held[0]}
         for name, held in parts.items()
-        if held[0]
+        if held and held[0]
     }
     result = {
         "shares_of_the_pass": shares,
@@ -98,7 +102,14 @@ def work(name: str) -> None:
             return reference(images), {}
 
     else:
-        run = ours(name.removeprefix("ours, "))
+        from clipshift_core.encoder import EncoderError
+
+        try:
+            run = ours(name.removeprefix("ours, "))
+        except EncoderError as refused:  # "mixed", where the processor has no instructions for bfloat16
+            answers.write(json.dumps({"refused": str(refused)}) + "\n")
+            answers.flush()
+            return
     run(images)
     for _ in sys.stdin:
         start = time.perf_counter()
