@@ -262,6 +262,8 @@ class Encoder:
                 vision = build()
                 found = vision(pixels)[0]
                 against = objection(found)
+            except torch.OutOfMemoryError:  # of a GPU: no matter of the way
+                raise
             # oneDNN's private operations are gone, or take other arguments, in some torch; its packing and its
             # products refuse bfloat16 on processors without AVX-512.
             except (NotFast, AttributeError, RuntimeError, TypeError) as error:

@@ -301,6 +301,13 @@ def summarise(result: Run, console: Console) -> None:
             console.print(warning, highlight=False)
     for what in ("notebooks", "figures", "tables"):
         console.print(f"{what:10}{run_dir / what}", highlight=False, soft_wrap=True)
+    products = {product for stamp in result.stamps.values() for product in stamp["products"]}
+    if any(name.endswith(".html") and f"{name[:-5]}.png" not in products for name in products):
+        console.print(
+            "Figures without .png: no browser drew them. With Chromium or Chrome (BROWSER_PATH names one that is not "
+            "found), FORCE=1 runs all again.",
+            highlight=False,
+        )
 
 
 def overrides_from(settings: list[str], profile: str, given: Mapping[str, str | None]) -> dict:

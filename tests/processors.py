@@ -4,6 +4,9 @@ They hold on x86-64 alone, and from above: a processor without AVX-512 stays wit
 instructions only (Pillow, libm) is not held.
 """
 
+OPENCV_WITHOUT_AVX2 = {"OPENCV_CPU_DISABLE": "SSE4.2,AVX,FP16,AVX2,AVX512-SKX"}
+"""Apart, because what OpenCV draws then is another picture, in a few pixels: `test_augment.py` says how many."""
+
 SSE41 = {
     "ATEN_CPU_CAPABILITY": "default",  # torch's own loops
     "ONEDNN_MAX_CPU_ISA": "SSE41",  # its products
@@ -12,7 +15,7 @@ SSE41 = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",  # numpy's own loops; its least is SSE4.2
     "NUMBA_CPU_NAME": "penryn",
     "NUMBA_CPU_FEATURES": "+sse4.1",
-    "OPENCV_CPU_DISABLE": "SSE4.2,AVX,FP16,AVX2,AVX512-SKX",
+    "OPENCV_CPU_DISABLE": "AVX512-SKX",
     "ARROW_USER_SIMD_LEVEL": "NONE",
 }
 AVX2 = {

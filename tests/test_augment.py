@@ -16,6 +16,7 @@ import skimage.data
 import skimage.transform
 import torch
 import torchvision.transforms.v2.functional as F
+from processors import OPENCV_WITHOUT_AVX2
 
 from clipshift_core import augment
 from clipshift_core.augment import AUGMENTATIONS, VIEWS, random_state, view, views
@@ -327,6 +328,24 @@ def test_another_process_draws_the_same_and_the_import_is_silent():
     here = []
     exec(code.replace("print(", "here.append("), {"here": here})
     assert ran.stdout.strip() == here[0]
+
+
+def test_a_processor_without_avx2_draws_nearly_the_same(tmp_path):
+    """OpenCV resamples and turns colours by other instructions there (findings/opencv-by-processor.sh)."""
+    code = (
+        "import sys, numpy as np\n"
+        "from clipshift_core.augment import views\n"
+        "photo = np.load(sys.argv[1])\n"
+        "np.save(sys.argv[2], np.stack([views(photo, seed=seed, image_id='x') for seed in range(8)]))\n"
+    )
+    np.save(tmp_path / "photo.npy", PHOTO)
+    paths = [str(tmp_path / name) for name in ("photo.npy", "views.npy")]
+    subprocess.run([sys.executable, "-c", code, *paths], env=os.environ | OPENCV_WITHOUT_AVX2, check=True)
+    there, here = np.load(paths[1]), np.stack([views(PHOTO, seed=seed, image_id="x") for seed in range(8)])
+    off = error(there, here)
+    assert off.max() <= 2 and (off > 0).mean((0, 2, 3, 4)).max() < 1e-3
+    same = [VIEWS.index(name) for name in ("original", "noise", "horizontal_flip", "coarse_dropout")]
+    assert off[:, same].max() == 0
 
 
 def test_the_random_state_is_pinned():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -276,6 +277,15 @@ def test_the_summary_shows_counts_and_claims(stand_in):
     assert str(result.profile.run_dir / "figures") in text
     row = next(line.split() for line in text.splitlines() if "01_second" in line)
     assert row[2:] == ["0", "1"]
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_summary_says_that_no_browser_drew_the_figures(stand_in, drawn):
+    result = run("small", console=QUIET)
+    made = ["figures/01-a.html", "figures/01-a.json", *["figures/01-a.png"] * drawn]
+    console = Console(width=110, record=True, file=io.StringIO())
+    reproduce.summarise(replace(result, stamps={"01_second": {"seconds": 1.0, "products": made}}), console)
+    assert ("Figures without .png: no browser drew them." in console.export_text()) == (not drawn)
 
 
 def test_publishing_renews_figures_and_notebooks(finished, tmp_path):
