@@ -21,7 +21,8 @@ from xdist.scheduler import LoadFileScheduling
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DRAWN = {"image/png", "image/jpeg", "image/svg+xml", "application/pdf"}
-"""Kinds of output that a browser draws, where there is one, of figures whose numbers are compared."""
+"""Kinds of output that a browser draws where there is one: of figures, whose numbers are compared, and of the sheets of
+notebook 13, which are made of such pictures."""
 
 RELATIVE, ABSOLUTE = 1e-5, 1.5e-6
 """How far a number may be from the committed one; pandas shows six decimals, of which the last may turn. A tolerance
@@ -105,7 +106,7 @@ def _comparable(outputs):
     for output in outputs:
         data = output.get("data", {})
         shown = {kind: value for kind, value in data.items() if kind not in DRAWN}
-        is_picture = len(shown) < len(data) and set(shown) <= {"text/plain"}
+        is_picture = bool(data) and not shown
         if output.get("name") != "stderr" and WIDGET not in data and not is_picture:
             kept.append(nbformat.from_dict(_plain(output | {"data": shown} if data else output)))
     return kept

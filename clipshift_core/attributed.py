@@ -118,7 +118,7 @@ def one_image(dictionaries: Dictionaries, n_examples: int = 3) -> OneImage:
     target = attribution.cosine(asked.texts[asked.index])
     parts, exact = (METHODS[name](spliced, state, target).values[0] for name in ("integrated_gradients", EXACT))
     rows = pd.DataFrame({"latent": state.latents[0].numpy(), "value": parts.numpy(), "exact": exact.numpy()})
-    rows = rows[state.on[0].numpy()].sort_values("value", ascending=False, ignore_index=True)
+    rows = rows[state.on[0].numpy()].sort_values("value", ascending=False, ignore_index=True, kind="stable")
     rows.insert(1, "label", rows["latent"].map(dictionaries.components.set_index("latent")["label"]).fillna("no label"))
     images = [
         [i for i in dictionaries.examples.image[latent].tolist() if i not in (index, -1)] for latent in rows["latent"]

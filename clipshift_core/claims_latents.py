@@ -175,10 +175,10 @@ def reliances(
 
 
 def probes_against_text(
-    lost: Mapping[str, Float[ArrayLike, " image"]],
-    share: Mapping[str, Float[ArrayLike, " image"]],
-    right: Bool[ArrayLike, " other"],
-    ambiguous: Bool[ArrayLike, " other"],
+    lost: Mapping[str, Float[np.ndarray, " image"]],
+    share: Mapping[str, Float[np.ndarray, " image"]],
+    right: Bool[np.ndarray, " other"],
+    ambiguous: Bool[np.ndarray, " other"],
     *,
     notebook: str,
     n_resamples: int,
@@ -203,9 +203,9 @@ def probes_against_text(
 
 
 def shortcuts(
-    free: Mapping[str, Bool[ArrayLike, " image"]],
+    free: Mapping[str, Bool[np.ndarray, " image"]],
     free_artefacts: pd.DataFrame,
-    biased: Mapping[str, Bool[ArrayLike, " other"]],
+    biased: Mapping[str, Bool[np.ndarray, " other"]],
     biased_artefacts: pd.DataFrame,
     signs: Mapping[str, int],
     *,

@@ -139,7 +139,7 @@ def read(path: Path, *, seed: int) -> Listing:
         why = f"; line {aside[0][0]}: {aside[0][1]}" if aside else ""
         raise FetchError(f"{path}: no line is a caption, a tab and a http(s) URL{why}")
     table = pd.DataFrame(aside, columns=["line", "reason"]).astype({"line": "int64", "reason": "str"})
-    return Listing(path, where[kept], table.sort_values("line", ignore_index=True))
+    return Listing(path, where[kept], table.sort_values("line", ignore_index=True, kind="stable"))
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:

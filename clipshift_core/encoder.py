@@ -50,6 +50,7 @@ class Encoder:
     weights_hash: SHA-256 (hex) of the one weights file where there is just one, else of the tensors.
     vision: "fast", or "plain: " and the reason why OpenCLIP's own forward is used.
     precision_error: largest relative error of a mean 1 - cosine by "mixed" in the check at loading; 0.0 for "fp32".
+    refused: why "auto" did not take "mixed" on a GPU; empty where it did, and on a CPU.
     """
 
     def __init__(self, model: nn.Module, source: str, *, name: str, weights_hash: str, precision: str):
@@ -81,9 +82,11 @@ class Encoder:
             raise EncoderError(f"{name}: its embeddings are not finite; the weights are damaged")
         self.dim: int = reference.shape[1]
         self._vision, self.vision = self._fast_or_plain(images[:3].to(self.device), reference)
-        self.precision, self.precision_error = "fp32", 0.0
+        self.precision, self.precision_error, self.refused = "fp32", 0.0, ""
         if precision == "mixed" or (precision == "auto" and self.device.type == "cuda"):
-            self._try_mixed(required=precision == "mixed")
+            self.refused = self._take_mixed()
+        if precision == "mixed" and self.refused:
+            raise EncoderError(f"{name}: precision 'mixed' is refused: {self.refused}; accepted: fp32")
 
     @classmethod
     def load(cls, model: str, pretrained: str | None = None, *, device: str = "auto", precision: str = "auto"):
@@ -261,20 +264,29 @@ class Encoder:
             try:
                 vision = build()
                 found = vision(pixels)[0]
-                against = objection(found)
-            except torch.OutOfMemoryError:  # of a GPU: no matter of the way
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # of a GPU: no matter of the way
                 raise
             # oneDNN's private operations are gone, or take other arguments, in some torch; its packing and its
             # products refuse bfloat16 on processors without AVX-512.
             except (NotFast, AttributeError, RuntimeError, TypeError) as error:
                 against = first_lines(error)
+            else:
+                against = objection(found)
             if not against:
                 return vision, found, objections
             objections.append(against)
         return None, None, objections
 
-    def _try_mixed(self, *, required: bool) -> None:
-        """Take bfloat16 products if they are faster and pass the check; else stay in fp32, or raise if `required`."""
+    def _take_mixed(self) -> str:
+        """Take bfloat16 products, or stay in fp32 where they are no faster or fail the check: returns why."""
+        try:
+            times = 1 / bfloat16_gain(self.device)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError as error:  # no such product here
+            return first_lines(error)
+        if times >= 1:
+            return f"on this {self.device.type} a product in bfloat16 takes {times:.2f} times as long as in float32"
         images, n_views = check_views(self.image_size)
         images = images.to(self.device)
         exact = self._vision(images)[0].cpu()
@@ -284,19 +296,17 @@ class Encoder:
             more = f"it moves a mean 1 - cosine by {error:.1%}, more than {MAX_SHIFT_ERROR:.0%}"
             return "" if error <= MAX_SHIFT_ERROR else more
 
-        mixed, times = None, 1 / bfloat16_gain(self.device)
-        if times < 1:
-            fast = self.vision.startswith("fast")
-            ways = self._fast_ways(torch.bfloat16) if fast else [lambda: partial(self._plain, dtype=torch.bfloat16)]
-            mixed, found, objections = self._first_good(ways, images, objection)
-        else:
-            device = self.device.type
-            objections = [f"on this {device} a product in bfloat16 takes {times:.1f} times as long as in float32"]
-        if mixed is not None:
-            self._vision, self.precision = mixed, "mixed"
-            self.precision_error = shift_error(found.cpu(), exact, n_views)
-        elif required:
-            raise EncoderError(f"{self.name}: precision 'mixed' is refused: {objections[-1]}; accepted: fp32")
+        ways = self._fast_ways(torch.bfloat16)
+        if self.vision.startswith("plain"):
+            ways = [lambda: partial(self._plain, dtype=torch.bfloat16)]
+        elif self.vision != "fast":  # prepacked weights did not do in fp32
+            ways = ways[-1:]
+        mixed, found, objections = self._first_good(ways, images, objection)
+        if mixed is None:
+            return objections[-1]
+        self._vision, self.precision = mixed, "mixed"
+        self.precision_error = shift_error(found.cpu(), exact, n_views)
+        return ""
 
 
 def _device(device: str) -> torch.device:

@@ -229,7 +229,9 @@ def portrait(components: Components, latent: int, *, width: int = NARROW) -> go.
     )
 
     driven = components.driven.loc[latent]
-    most = driven.loc[driven.abs().sort_values(ascending=False, kind="stable").index[:DRIVEN]].sort_values()
+    most = driven.loc[driven.abs().sort_values(ascending=False, kind="stable").index[:DRIVEN]].sort_values(
+        kind="stable"
+    )
     most = most[most != 0]
     figure.add_bar(
         x=numbers(most),

@@ -300,7 +300,7 @@ def _on(values: Float[Tensor, "image slot"], scores: Scores) -> Bool[Tensor, "im
 
 def _rank(score: Float[Tensor, "image slot"]) -> Int[Tensor, "image slot"]:
     """Place of each slot in the falling order of its image, from 0."""
-    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
 
 
 @torch.no_grad()

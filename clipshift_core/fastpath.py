@@ -221,8 +221,9 @@ def check_views(size: int, n_images: int = 4) -> tuple[UInt8[Tensor, "viewimage 
 def bfloat16_gain(device: torch.device) -> float:
     """How many times faster the device multiplies in bfloat16 than in float32; below 1, slower.
 
-    From one product of a ViT-B's size, the best of five taken in turn. On a CPU with instructions for bfloat16 it is
-    about 2, where torch has to do without them 0.4 and less: a busy machine does not turn the answer.
+    From one product of a ViT-B's size, the best of five taken in turn. A CPU with instructions for bfloat16 gains a
+    factor of about 2 and one without loses that or more, so that other work on the machine does not turn the answer.
+    Raises RuntimeError where torch has no such product.
     """
     rows = 8 * ROWS if device.type == "cuda" else ROWS
     x, weight = torch.ones(rows, 768, device=device), torch.ones(3072, 768, device=device)

@@ -139,7 +139,10 @@ def faithfulness_curves(
         titles=[f"{KINDS[kind][0]}: {'lower' if kind == 'deletion' else 'higher'} is more faithful" for kind in kinds],
     )  # fmt: skip
     for c, kind in enumerate(kinds, 1):
-        rows_of = {name: rows.sort_values("step") for name, rows in table[table["kind"] == kind].groupby("method")}
+        rows_of = {
+            name: rows.sort_values("step", kind="stable")
+            for name, rows in table[table["kind"] == kind].groupby("method")
+        }
         names = in_method_order(rows_of)
         # bands first, and the most exact method last, on top
         for name in names[::-1]:

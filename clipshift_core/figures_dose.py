@@ -61,7 +61,7 @@ def dose_curves(table: pd.DataFrame, metric: str = "l2", *, level: float = 0.95)
     top = 1.06 * float(table[["mean", "high"]].max(axis=None))
     for index, name in enumerate(names):
         at = {"row": index // COLUMNS + 1, "col": index % COLUMNS + 1}
-        rows = table[table["augmentation"] == name].sort_values("severity")
+        rows = table[table["augmentation"] == name].sort_values("severity", kind="stable")
         severity = rows["severity"].to_numpy(float)
         places = _places(severity)
         colour, spread = COLOURS.get(name, MUTED), rows.dropna(subset=["low", "high"])
@@ -124,7 +124,7 @@ def shift_against_distortion(table: pd.DataFrame, by: By, level: float, metric: 
     )
     ends = {}
     for name in names:
-        rows = table[table["augmentation"] == name].sort_values("distortion")
+        rows = table[table["augmentation"] == name].sort_values("distortion", kind="stable")
         at = rows[rows["distortion"] <= middle * 1.0001].iloc[-1:] if len(rows) > 1 else rows
         colour = COLOURS.get(name, MUTED)
         shape = {"color": colour, "size": 11, "symbol": SYMBOLS.get(name, "circle")}

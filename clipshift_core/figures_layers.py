@@ -55,7 +55,7 @@ def block_lines(table: pd.DataFrame, measure: str = "distance", *, level: float 
     figure.update_layout(margin=margin)
     ends = []
     for name in names:
-        rows = table[table["augmentation"] == name].sort_values("block")
+        rows = table[table["augmentation"] == name].sort_values("block", kind="stable")
         look = {"color": COLOURS.get(name, MUTED)}
         figure.add_scatter(
             x=rows["block"].tolist(),

@@ -160,7 +160,7 @@ def _models(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _against_strength(figure: go.Figure, rows: pd.DataFrame, value: str, *, first: bool, row: int, col: int) -> None:
     """Text as a band with a dashed line across the panel; the probe as dots with whiskers, evenly spaced."""
     rows = rows.rename(columns={value: "mean"})
-    probe, text = rows[rows["reader"] == "probe"].sort_values("strength"), rows[rows["reader"] == "text"]
+    probe, text = rows[rows["reader"] == "probe"].sort_values("strength", kind="stable"), rows[rows["reader"] == "text"]
     across, where = [-0.35, max(len(probe), 1) - 0.65], {"row": row, "col": col}
     if len(text):
         look = READER_LOOKS["text"]

@@ -257,7 +257,7 @@ def repair(
     sizes = sorted(table["size"].dropna().unique().tolist())
     for c, measure in enumerate(measures, 1):
         of = table[table["measure"] == measure]
-        rows_of = {chosen: of[of["chosen"] == chosen].sort_values("size") for chosen in RESTORED}
+        rows_of = {chosen: of[of["chosen"] == chosen].sort_values("size", kind="stable") for chosen in RESTORED}
         for chosen, look in RESTORED.items():
             _band(figure, rows_of[chosen]["size"], rows_of[chosen], look.colour, row=1, col=c)
         for chosen, look in RESTORED.items():

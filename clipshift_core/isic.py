@@ -117,7 +117,7 @@ def read(
     aside += [{"image_id": key, "path": path, "reason": why} for key, path, why in unused if why]
     without = [key for key in rows.index.unique() if key not in {row["image_id"] for row in aside} | set(n_files)]
     aside += [{"image_id": key, "path": "", "reason": f"no image for its row in {file.name}"} for key in without]
-    kept = found[[why is None for why in reasons]].sort_values("image_id", ignore_index=True)
+    kept = found[[why is None for why in reasons]].sort_values("image_id", ignore_index=True, kind="stable")
     if kept.empty:
         raise IsicError(f"{file}: names none of the {len(found):,} images that can be used; {_first(aside)}")
     ids = kept["image_id"]

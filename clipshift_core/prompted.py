@@ -45,7 +45,7 @@ class Taken:
 
     def largest(self, n: int) -> pd.DataFrame:
         """The rows of the n largest values, whichever their sign, in the order of the table."""
-        return self.table.loc[self.table["value"].abs().nlargest(n).index.sort_values()]
+        return self.table.loc[sorted(self.table["value"].abs().nlargest(n).index)]
 
     def without(self, latents: Iterable[int]) -> float:
         """The cosine with these latents deleted, all together, by the forward pass from the splice on."""

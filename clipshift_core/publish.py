@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import canvas, profiles
 from .profiles import ProfileError
-from .reproduce import Run, run, summarise
+from .reproduce import UNDRAWN, Run, run, summarise
 from .series import KERNELSPEC, RunError
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -97,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = run("demo", console=console)
     except (ProfileError, RunError) as error:
         print(error, file=sys.stderr)
+        return 1
+    if result.undrawn:  # found, but it does not draw; or the run is of a time without one
+        print(f"nothing was renewed. {UNDRAWN}", file=sys.stderr)
         return 1
     summarise(result, console)
     written = publish_figures(result, profiles.ROOT / "figures")

@@ -278,7 +278,7 @@ def _units(
     # of images: a latent that an image holds in two slots is on once
     n_on = np.bincount(np.unique(pair * len(of_image) + image) // max(len(of_image), 1), minlength=len(pairs))
     of_most = relative(alignment).cpu().double().numpy()[c, j]
-    place_of_word = np.argsort(np.argsort(np.asarray(words, dtype=object)))
+    place_of_word = np.argsort(np.argsort(np.asarray(words, dtype=object), kind="stable"), kind="stable")
     order = np.lexsort((j, place_of_word[c]))
     order = order[(n_on >= AT_LEAST)[order] & (of_most < LOW)[order]]
     place = np.full(len(pairs), -1)
@@ -306,7 +306,7 @@ def _q_values(
     scores: Float[NDArray, " candidate"], decoys: Float[NDArray, "draw candidate"]
 ) -> Float[NDArray, " candidate"]:
     """The lowest fdr(t) over the t up to each score, of the positive ones; at most 1."""
-    order, n_draws = np.argsort(scores), len(decoys)
+    order, n_draws = np.argsort(scores, kind="stable"), len(decoys)
     t, pooled = scores[order], np.sort(decoys, axis=None)
     n_scores, n_decoys = (len(x) - np.searchsorted(x, t) for x in (t, pooled))
     fdr = np.where(t > 0, n_decoys / (n_draws * n_scores), 1)

@@ -173,7 +173,7 @@ def _ratio(
 
 def _rank(score: Float[Tensor, "image slot"]) -> Int[Tensor, "image slot"]:
     """Place of each slot in the growing order of its image, from 0."""
-    return score.argsort(dim=1, stable=True).argsort(dim=1)
+    return score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
 def _random_keys(

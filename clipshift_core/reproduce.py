@@ -58,6 +58,11 @@ TIMES = ("seconds", "finished")
 CELL_TIMEOUT = 24 * 3600
 """Seconds for one cell: far above the longest pass, so that only a hang meets it."""
 
+UNDRAWN = (
+    "There are figures without .png: no browser drew them. Where Chromium or Chrome is there now (BROWSER_PATH names "
+    "one that is not found), make reproduce FORCE=1 runs all again."
+)
+
 KERNEL_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # torch brings its own threads; two pools on few cores slow each other down
     "MALLOC_TRIM_THRESHOLD_": "1073741824",  # keep freed batches instead of asking the system for them again
@@ -75,6 +80,13 @@ class Run:
     """Per notebook: key, seconds, finished, products (paths relative to the run's folder)."""
     executed: list[str]
     """The notebooks that this call ran; the others were up to date."""
+
+    @property
+    def undrawn(self) -> list[str]:
+        """The figures that no browser drew: a page without its picture."""
+        made = {product for stamp in self.stamps.values() for product in stamp["products"]}
+        pages = {name.removesuffix(".html") for name in made if name.endswith(".html")}
+        return sorted(page for page in pages if f"{page}.png" not in made)
 
 
 def run(
@@ -301,13 +313,8 @@ def summarise(result: Run, console: Console) -> None:
             console.print(warning, highlight=False)
     for what in ("notebooks", "figures", "tables"):
         console.print(f"{what:10}{run_dir / what}", highlight=False, soft_wrap=True)
-    products = {product for stamp in result.stamps.values() for product in stamp["products"]}
-    if any(name.endswith(".html") and f"{name[:-5]}.png" not in products for name in products):
-        console.print(
-            "Figures without .png: no browser drew them. With Chromium or Chrome (BROWSER_PATH names one that is not "
-            "found), FORCE=1 runs all again.",
-            highlight=False,
-        )
+    if result.undrawn:
+        console.print(UNDRAWN, highlight=False)
 
 
 def overrides_from(settings: list[str], profile: str, given: Mapping[str, str | None]) -> dict:

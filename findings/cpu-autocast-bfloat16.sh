@@ -3,10 +3,11 @@
 # torch says that bfloat16 is supported where it is.
 #
 # One would guess that `torch.autocast("cpu", torch.bfloat16)` costs nothing where the processor cannot profit, and that
-# `torch.ops.mkldnn._is_mkldnn_bf16_supported()` tells the two kinds of processor apart. A CLIP tower is nearly all matrix
-# products of the size timed here (a ViT-B's MLP on 32 images). With AVX-512 but no AVX512_BF16 the answer is "supported", and the product
-# takes over twice as long as in float32; with AVX2 the answer is "not supported", autocast goes on without a warning, and
-# it takes about four times as long. A processor that has more is held to these by oneDNN's and torch's own variables.
+# `torch.ops.mkldnn._is_mkldnn_bf16_supported()` tells the two kinds of processor apart. A CLIP tower is nearly all
+# matrix products; the one timed here is a ViT-B's on 32 images. With AVX-512 but without AVX512_BF16 the answer is
+# "supported", and the product takes twice as long as in float32 and more. With AVX2 the answer is "not supported",
+# autocast goes on without a warning, and the product takes four times as long. A processor that has more is held to
+# these two by oneDNN's and torch's own variables.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

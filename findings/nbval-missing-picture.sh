@@ -1,10 +1,10 @@
 #!/bin/sh
 # nbval 0.11.0: a picture that no longer appears passes the comparison.
 #
-# One would guess that a cell fails whose committed output is a picture and whose new run shows nothing, since nbval says
-# of itself that it compares outputs. It leaves image/png out before it counts outputs, so such a cell has nothing left to
-# compare, in the committed notebook as in the run. The plotly renderer "png" writes just such outputs. The same picture
-# with a text/plain beside it, as IPython's display writes it, is missed.
+# One would guess that a cell whose committed output is a picture fails when the new run shows nothing. nbval leaves
+# image/png out before it counts outputs, so that nothing of such a cell is left to compare, and it passes. The plotly
+# renderer "png" writes just such outputs. With a text/plain beside it, as IPython's display writes one, the same picture
+# is found missing.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

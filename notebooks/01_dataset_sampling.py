@@ -77,7 +77,7 @@ Markdown(
 # %%
 if bench.labels is not None:
     of_class = bench.keep(bench.labels, "labels").groupby("label")["probability"].agg(["size", "median"])
-    display(of_class.sort_values("size", ascending=False).head(12).round(3))
+    display(of_class.sort_values("size", ascending=False, kind="stable").head(12).round(3))
     display(Markdown(f"{len(of_class)} of {len(bench.classes.words)} classes are the label of at least one image."))
 else:
     display(Markdown("Left out: the profile names no classes."))

@@ -60,7 +60,7 @@ bench.show(
 
 # %%
 at_one = curves[curves["severity"] == 1].set_index("augmentation")["mean"]
-share = (at_one / curves.groupby("augmentation")["mean"].max()).drop("horizontal_flip").dropna().sort_values()
+share = (at_one / curves.groupby("augmentation")["mean"].max()).drop("horizontal_flip").dropna().sort_values(kind="stable")
 everyone = n_images([sweep.sizes["image"]])
 Markdown(
     f"Over {everyone}: at its published severity **{label(share.index[-1])}** has gone {share.iloc[-1]:.0%} of "
@@ -73,7 +73,7 @@ Markdown(
 # %%
 published = dose.published(sweep)
 means = published.groupby("augmentation", sort=False)[["mse", "ssim", "l2", "cosine_distance"]].mean()
-bench.keep(means.sort_values("mse", ascending=False).reset_index(), "published-distortion").round({"mse": 1, "ssim": 3, "l2": 3, "cosine_distance": 4})
+bench.keep(means.sort_values("mse", ascending=False, kind="stable").reset_index(), "published-distortion").round({"mse": 1, "ssim": 3, "l2": 3, "cosine_distance": 4})
 
 # %%
 wide = {name: published.pivot(index="image_id", columns="augmentation", values=name) for name in ("mse", "ssim", "l2")}

@@ -117,7 +117,7 @@ else:
 
 # %%
 if cka["cka"].notna().any():
-    end = cka[cka["block"] == cka["block"].max()].set_index("augmentation").sort_values("cka")
+    end = cka[cka["block"] == cka["block"].max()].set_index("augmentation").sort_values("cka", kind="stable")
     least, most = end.iloc[0], end.iloc[-1]
     token = torch.from_numpy(bench.tokens["token"].values[:, 0, int(cka["block"].max())])
     wrong = [layers.linear_cka(token, token.roll(1, 0), debiased=debiased).item() for debiased in (False, True)]
@@ -146,7 +146,7 @@ else:
 
 # %%
 if len(heads):
-    mean = heads.groupby(["block", "head"])["mean"].mean().sort_values()
+    mean = heads.groupby(["block", "head"])["mean"].mean().sort_values(kind="stable")
     wide = heads.pivot(index="augmentation", columns=["block", "head"], values="mean")
     spread = wide.max(axis=1) - wide.min(axis=1)
     gone = layers.left_out(bench.dataset, "head_attention")
@@ -180,7 +180,7 @@ else:
 
 # %%
 if len(models) > 1:
-    by_rank = by_model.sort_values("rank").groupby("model", sort=False)["augmentation"]
+    by_rank = by_model.sort_values("rank", kind="stable").groupby("model", sort=False)["augmentation"]
     firsts = [f"{model}: {', '.join(label(name) for name in rows[:3])}" for model, rows in by_rank]
     taus = [f"{row['model']} and {row['other']} {row['tau']:.2f} ({bounds(row)})" for _, row in agreement.iterrows()]
     alt = "Mean cosine distance in one model against the other, one point for each augmentation, with 95 % intervals."

@@ -108,7 +108,7 @@ if known:
         "firing",
         alt="Latents in falling order of how often they are on, one curve for each dictionary.",
     ))
-    best = table.sort_values("nmse").iloc[0]
+    best = table.sort_values("nmse", kind="stable").iloc[0]
     display(Markdown(
         f"The dictionary **{best['dictionary']}** has the smaller error: {short(best['nmse'])} of the variance against {short(table['nmse'].max())}."
         if len(table) > 1 else "There is one dictionary, and nothing to compare it with."

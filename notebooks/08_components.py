@@ -55,7 +55,7 @@ Markdown(
 if is_there:
     sae, found = dictionaries.used.sae, dictionaries.examples
     components = bench.keep(dictionaries.components, "components")
-    display(components.sort_values("alignment", ascending=False).head(12).round(3))
+    display(components.sort_values("alignment", ascending=False, kind="stable").head(12).round(3))
 
 # %%
 if is_there:
@@ -83,7 +83,7 @@ if is_there:
 
 # %%
 if is_there:
-    best = (on if len(on) else components[components["frequency"] > 0]).sort_values("alignment", ascending=False)
+    best = (on if len(on) else components[components["frequency"] > 0]).sort_values("alignment", ascending=False, kind="stable")
     best = best.drop_duplicates("label").head(6)
     display(bench.show(
         figures_components.component_gallery(best, [pictures(found.image[latent, :8].tolist()) for latent in best["latent"]]),
@@ -98,7 +98,7 @@ if is_there:
 
 # %%
 if is_there:
-    split = (on if len(on) else components[components["n_examples"] > 1]).sort_values("polysemanticity", ascending=False).head(4)
+    split = (on if len(on) else components[components["n_examples"] > 1]).sort_values("polysemanticity", ascending=False, kind="stable").head(4)
     if len(split):
         display(bench.show(
             figures_components.component_gallery(
@@ -150,7 +150,7 @@ if is_known:
         alt="Every factor value with the AUROC of the best unit of each basis, grouped by factor.",
     ))
     score = recovery.summary.set_index(["measure", "basis"])
-    ours = recovery.factors[recovery.factors["basis"] == "dictionary"].sort_values("auroc")
+    ours = recovery.factors[recovery.factors["basis"] == "dictionary"].sort_values("auroc", kind="stable")
     rival = score.loc["auroc", "value"].drop("dictionary").idxmax()
     ahead = score.loc[("auroc", rival)]
     display(Markdown(
@@ -174,7 +174,7 @@ if patches:
     on_patches = dictionaries.activations(dictionaries.probe.source, patches.origin.layer, "spatial")
     fires = concepts.examples(codes_of(patches.sae, on_patches), patches.sae.n_latents)
     listed = bench.keep(dictionaries.described(fires), "patch-components")
-    clear = listed[listed["n_examples"] >= min(concepts.SHOWN, fires.n_images)].sort_values("alignment", ascending=False)
+    clear = listed[listed["n_examples"] >= min(concepts.SHOWN, fires.n_images)].sort_values("alignment", ascending=False, kind="stable")
     clear = clear.drop_duplicates("label").head(4)
     shown = [[image for image in fires.image[latent, :6].tolist() if image >= 0] for latent in clear["latent"]]
     maps = [heat_maps(patches, on_patches, images, latent, bench.encoder.grid) for images, latent in zip(shown, clear["latent"], strict=True)]

@@ -95,7 +95,7 @@ else:
 # %%
 if not no_curves:
     area = areas.set_index(["kind", "method"])
-    ranked = {kind: area.loc[kind]["mean"].sort_values(ascending=kind == "deletion").index for kind in faithfulness.KINDS}
+    ranked = {kind: area.loc[kind]["mean"].sort_values(ascending=kind == "deletion", kind="stable").index for kind in faithfulness.KINDS}
     names = {kind: ", ".join(figures.method_look(name).label for name in order[:3]) for kind, order in ranked.items()}
     display(Markdown(
         f"Over {n_images(areas['n'])} with {found.n_units:.1f} latents on: best in deletion {names['deletion']}; best in insertion {names['insertion']}. Act x grad's "
@@ -150,7 +150,7 @@ if is_there:
         "agreement",
         alt="Rank correlation with exact ablation, and the overlap of the first five latents, for each method.",
     ))
-    rho = agreement[agreement["measure"] == "rho"].set_index("method").sort_values("mean", ascending=False)
+    rho = agreement[agreement["measure"] == "rho"].set_index("method").sort_values("mean", ascending=False, kind="stable")
     display(Markdown(
         "Spearman's rho with exact ablation: " + "; ".join(f"{figures.method_look(name).label} {said(row)}" for name, row in rho.iterrows()) + "."
     ))

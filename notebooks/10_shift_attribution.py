@@ -112,7 +112,7 @@ if found:
 # %%
 if found:
     firsts = prints.drop_duplicates("augmentation")
-    shared = prints.groupby("latent")["augmentation"].nunique().sort_values(ascending=False)
+    shared = prints.groupby("latent")["augmentation"].nunique().sort_values(ascending=False, kind="stable")
     common = names[shared.index[0]]
     display(firsts[["augmentation", "label", "latent", "part", "part_low", "part_high", "destroyed", "invented"]].round(3))
     display(Markdown(

@@ -66,8 +66,16 @@ def main() -> int:
     parser.add_argument("--only", default="notebooks", help="what `make test` is asked for")
     parser.add_argument("--keep", type=Path, help="where the clones and logs are left")
     chosen = parser.parse_args()
-    folder = chosen.keep or Path(tempfile.mkdtemp())
+    folder = (chosen.keep or Path(tempfile.mkdtemp())).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
+    subprocess.run(["make", "setup"], cwd=ROOT, check=True)
+    own = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "requirements.lock", "pyproject.toml"], cwd=ROOT)
+    if own.returncode:
+        parser.error(
+            "commit requirements.lock and pyproject.toml first: a clone has others, and would set them up here"
+        )
     browsers = {"yes": {}, "no": {"BROWSER_PATH": str(folder / "hidden")}}
     if problem := canvas.find_browser()[1]:
         print(f"no run with a browser: {problem}")
@@ -89,10 +97,12 @@ def main() -> int:
             counts, seconds = test(at, chosen.only, environment, log := folder / f"{name}.log")
             row = "".join(f"{counts.get(kind, 0):9}" for kind in ("passed", "failed", "skipped"))
             print(f"{level:10}{browser:9}{warns:9}{row}{seconds:9.0f}", flush=True)
-            assert noted.exists() == (warns == "yes"), "the kernels did not do as this row says"
             failed += counts["failed"]
             for line in re.findall(r"^(?:FAILED|ERROR) .*$", log.read_text(), re.MULTILINE):
                 print(f"    {line}", flush=True)
+            if noted.exists() != (warns == "yes"):
+                failed += 1
+                print("    the kernels did not do as this row says", flush=True)
     print(f"logs: {folder}")
     return 1 if failed else 0
 

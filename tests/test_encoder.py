@@ -424,7 +424,7 @@ def test_mixed_that_is_slower_is_refused_and_auto_does_not_ask(folder, monkeypat
     with pytest.raises(EncoderError) as refused:
         Encoder.load(str(folder), device="cpu", precision="mixed")
     assert str(refused.value) == (
-        "tiny: precision 'mixed' is refused: on this cpu a product in bfloat16 takes 2.5 times as long as in float32; "
+        "tiny: precision 'mixed' is refused: on this cpu a product in bfloat16 takes 2.50 times as long as in float32; "
         "accepted: fp32"
     )
     monkeypatch.setattr(room, "bfloat16_gain", lambda device: pytest.fail("measured for nothing"))
@@ -445,10 +445,11 @@ def test_bfloat16_that_cannot_be_prepacked_is_multiplied_as_it_is(folder, monkey
     assert 1e-4 < relative(mixed.encode(squares()).embedding, exact) < 0.1
 
 
+@pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}], ids=["fast", "plain"])
-def test_bfloat16_that_cannot_be_multiplied_is_refused(tmp_path, monkeypatch, bfloat16_is_fast, vision):
+def test_bfloat16_that_cannot_be_multiplied_is_refused(tmp_path, monkeypatch, vision, measured):
     def multiply(x, weight, bias=None):
-        # as inside torch.autocast, where the operands are rounded later
+        # inside torch.autocast the operands are rounded later
         if torch.bfloat16 in (x.dtype, weight.dtype) or torch.is_autocast_enabled("cpu"):
             raise RuntimeError("no such product here")
         return product(x, weight, bias)
@@ -456,10 +457,36 @@ def test_bfloat16_that_cannot_be_multiplied_is_refused(tmp_path, monkeypatch, bf
     product = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", multiply)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no prepacked ones either
+    # uncached; or as if an earlier product had been possible
+    monkeypatch.setattr(room, "bfloat16_gain", room.bfloat16_gain.__wrapped__ if measured else lambda device: 2.0)
     folder = save_model(tmp_path / "model", vision)
     with pytest.raises(EncoderError) as refused:
         Encoder.load(str(folder), device="cpu", precision="mixed")
     assert str(refused.value) == "model: precision 'mixed' is refused: no such product here; accepted: fp32"
+
+
+def test_weights_that_did_not_do_prepacked_are_not_prepacked_for_mixed(folder, monkeypatch, bfloat16_is_fast):
+    def pack(weight, rows):
+        asked.append(weight.dtype)
+        return packed(weight * 1.003, rows)
+
+    asked, packed = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", pack)
+    mixed = Encoder.load(str(folder), device="cpu", precision="mixed")
+    assert mixed.vision.startswith("fast, not prepacked: differs by") and mixed.precision == "mixed"
+    assert set(asked) == {torch.float32}
+
+
+@pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}], ids=["fast", "plain"])
+def test_a_gpu_that_is_full_is_no_reason_for_another_precision(tmp_path, monkeypatch, bfloat16_is_fast, vision):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = Encoder.load(str(save_model(tmp_path / "model", vision)), device="cpu")
+    monkeypatch.setattr(room, "FastVision", type("", (), {"build": full}))
+    monkeypatch.setattr(found, "_plain", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        found._take_mixed()
 
 
 def test_shift_error_by_hand():

@@ -16,7 +16,7 @@ import numpy as np
 import papermill
 import pytest
 
-from clipshift_core import publish
+from clipshift_core import publish, reproduce
 from clipshift_core.profiles import ROOT
 from clipshift_core.publish import WIDGET, clean
 from clipshift_core.series import KERNELSPEC, PARAMETERS, parameters_of
@@ -152,6 +152,15 @@ def test_nothing_is_published_without_its_pictures(monkeypatch, capsys):
     assert capsys.readouterr().err == "nothing was renewed: BROWSER_PATH=/nowhere/chromium is not an executable file\n"
 
 
+def test_nothing_is_published_of_a_run_that_no_browser_drew(monkeypatch, capsys):
+    stamps = {"02_embedding_shifts": {"products": ["figures/02-ranking.html", "figures/02-ranking.json"]}}
+    monkeypatch.setenv("BROWSER_PATH", sys.executable)  # found, and no browser
+    monkeypatch.setattr(publish, "run", lambda *_, **__: reproduce.Run(None, stamps, []))
+    for what in ("publish_figures", "publish_notebooks"):
+        monkeypatch.setattr(publish, what, lambda *_: pytest.fail("published"))
+    assert publish.main([]) == 1 and reproduce.UNDRAWN in capsys.readouterr().err
+
+
 # The proof: a small notebook is run, one thing in each cell's committed output (or source) is changed, and nbval
 # has to tell the changes that matter from those that do not.
 
@@ -218,9 +227,8 @@ def drawn(cell):
 
 
 def sheets(cell):
-    """As committed where there was a browser: two pictures, one as plotly shows it and one as IPython does."""
-    shown = [{"image/png": PICTURE}, {"image/png": PICTURE, "text/plain": "<IPython.core.display.Image object>"}]
-    cell.outputs = [*(nbformat.v4.new_output("display_data", data) for data in shown), *cell.outputs]
+    """As committed where there was a browser: two pictures, as notebook 13 shows its sheets."""
+    cell.outputs = [*(nbformat.v4.new_output("display_data", {"image/png": PICTURE}) for _ in range(2)), *cell.outputs]
 
 
 def both(*changes):
@@ -265,6 +273,10 @@ MUST_FAIL = {
     "a title beside its picture": ("figure()", both(drawn, replaced("Shift", "Shaft"))),
     "a figure point moved by 0.01 after two pictures": ("figure()", both(moved(0.01), sheets)),
     "a line of text after two pictures": ("numbers()", both(FAR, sheets)),
+    "words beside a picture": (
+        "display({'image/png': 'x', 'text/plain': 'mean 0.9'}, raw=True)",
+        replaced("0.9", "0.1"),
+    ),
     "a sentence in place of two pictures": ("print('Left out.')", both(lambda cell: cell.update(outputs=[]), sheets)),
 }
 MUST_FAIL |= {f"a digit, warned {where}": (source, both(silent, FAR)) for where, source in WARNED.items()}
@@ -278,6 +290,7 @@ MUST_PASS = {
     "a figure point moved by 1e-9": ("figure()", moved(1e-9)),
     "a figure point moved by 2e-4 of the largest": ("figure(largest=50)", moved(0.01)),
     "standard error": ("warn()", silent),
+    "a widget": (f"display({{{WIDGET!r}: {{}}, 'text/plain': 'HBox()'}}, raw=True)", lambda cell: cell.outputs.clear()),
     "pictures that no browser drew": ("figure()", both(moved(1e-9), drawn, sheets)),
     "pictures that a browser drew here alone": (
         "display({'image/png': 'x'}, raw=True)",
@@ -306,31 +319,3 @@ def test_nbval_fails_for_what_matters_and_only_then(tmp_path):
     verdicts = dict(zip(cases, failed[1:], strict=True))
     wrong = [case for case, failed in verdicts.items() if failed != (case in MUST_FAIL)]
     assert not failed[0] and not wrong, done.stdout
-
-
-MARKED = """
-import pytest
-
-@pytest.mark.browser
-def test_drawing():
-    pass
-
-def test_level(record_property):
-    record_property("machine", "a weak processor: slower")
-"""
-
-
-@pytest.mark.parametrize("there, counts", [(False, "1 passed, 1 skipped"), (True, "2 passed")])
-def test_what_needs_a_browser_is_skipped_where_it_is_hidden(tmp_path, there, counts):
-    browser = tmp_path / "chromium"
-    browser.write_text("#!/bin/sh\n")
-    browser.chmod(0o755 if there else 0o644)
-    (tmp_path / "test_marked.py").write_text(MARKED)
-    for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment |= {"BROWSER_PATH": str(browser), "CI": "true"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_marked.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"{counts} in" in done.stdout and "a weak processor: slower" in done.stdout
-    assert there or f"BROWSER_PATH={browser} is not an executable file" in done.stdout

@@ -285,7 +285,7 @@ def test_the_summary_says_that_no_browser_drew_the_figures(stand_in, drawn):
     made = ["figures/01-a.html", "figures/01-a.json", *["figures/01-a.png"] * drawn]
     console = Console(width=110, record=True, file=io.StringIO())
     reproduce.summarise(replace(result, stamps={"01_second": {"seconds": 1.0, "products": made}}), console)
-    assert ("Figures without .png: no browser drew them." in console.export_text()) == (not drawn)
+    assert ("There are figures without .png: no browser drew them." in console.export_text()) == (not drawn)
 
 
 def test_publishing_renews_figures_and_notebooks(finished, tmp_path):

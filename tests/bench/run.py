@@ -107,6 +107,7 @@ def work(name: str) -> None:
         try:
             run = ours(name.removeprefix("ours, "))
         except EncoderError as refused:  # "mixed", where the processor has no instructions for bfloat16
+            sys.stdin.readline()
             answers.write(json.dumps({"refused": str(refused)}) + "\n")
             answers.flush()
             return
