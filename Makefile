@@ -39,13 +39,13 @@ reproduce: setup ## run the notebooks [PROFILE=demo|paper|file.yaml] [SET="key=v
 	    --classes "$(CLASSES)" --model "$(MODEL)" \
 	    $(if $(FORCE),--force) $(if $(DRY),--dry) --set $(SET)
 
-refresh: setup ## run the demo and renew the committed notebooks and figures/
+refresh: setup ## run the demo and renew the committed notebooks and figures/ (needs a browser)
 	@$(RUN) clipshift_core.publish
 
-figures: setup ## run the demo and renew figures/ alone
+figures: setup ## run the demo and renew figures/ alone (needs a browser)
 	@$(RUN) clipshift_core.publish --figures-only
 
-test: setup ## lint, unit tests, and every committed notebook run again and compared [FAST=1 leaves out what takes minutes] [ONLY="tests/test_stats.py ..."]
+test: setup ## lint, unit tests, and every committed notebook run again and compared [FAST=1 leaves out what takes minutes] [ONLY="files or options of pytest"]
 	@$(RUN) ruff check .
 	@$(RUN) pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow") $(ONLY)
 

@@ -60,7 +60,7 @@ CELL_TIMEOUT = 24 * 3600
 
 UNDRAWN = (
     "There are figures without .png: no browser drew them. Where Chromium or Chrome is there now (BROWSER_PATH names "
-    "one that is not found), make reproduce FORCE=1 runs all again."
+    "one that is not found), `make reproduce ... FORCE=1` runs all again."
 )
 
 KERNEL_ENVIRONMENT = {

@@ -1,6 +1,6 @@
 #!/bin/sh
-# torch 2.15.0: on a CPU without instructions for bfloat16, autocast to bfloat16 is several times slower than float32, and
-# torch says that bfloat16 is supported where it is.
+# torch 2.15.0: on a CPU without instructions for bfloat16, autocast to bfloat16 is two to four times slower than float32,
+# and with AVX-512 torch calls bfloat16 supported all the same.
 #
 # One would guess that `torch.autocast("cpu", torch.bfloat16)` costs nothing where the processor cannot profit, and that
 # `torch.ops.mkldnn._is_mkldnn_bf16_supported()` tells the two kinds of processor apart. A CLIP tower is nearly all
@@ -33,7 +33,7 @@ plain, mixed = (min(repeat(lambda: run(on), repeat=6, number=1)) for on in (Fals
 supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 print(f"{sys.argv[1]:24} torch {torch.__version__}, bfloat16 supported: {supported!s:6}", end="")
 print(f"float32 {1e3 * plain:.0f} ms, autocast {1e3 * mixed:.0f} ms, {mixed / plain:.1f} times")
-sys.exit(not mixed > 1.3 * plain)
+sys.exit(not (mixed > 1.3 * plain and supported == (sys.argv[1] != "AVX2")))
 PY
 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 venv/bin/python time.py "AVX2"
 if grep -q avx512bw /proc/cpuinfo; then

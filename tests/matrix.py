@@ -26,8 +26,7 @@ from clipshift_core.profiles import ROOT
 HELD = """
 import numba, threadpoolctl, torch, numpy
 blas = {pool.get("architecture") for pool in threadpoolctl.threadpool_info()} - {None}
-print(f"torch {torch.backends.cpu.get_cpu_capability()}, BLAS {' '.join(sorted(blas))},",
-      f"bfloat16 {'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}, numba {numba.config.CPU_NAME}")
+print(f"torch {torch.backends.cpu.get_cpu_capability()}, BLAS {' '.join(sorted(blas))}, numba {numba.config.CPU_NAME}")
 """
 STARTUP = """
 import sys

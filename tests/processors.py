@@ -1,7 +1,7 @@
 """Weaker processors, as far as this one can play them: the environment that holds each library to their instructions.
 
-They hold on x86-64 alone, and from above: a processor without AVX-512 stays without it. What is compiled for one set of
-instructions only (Pillow, libm) is not held.
+They hold on x86-64 alone, and from above: a processor without AVX-512 stays without it. Pillow and the C library's own
+mathematics are not held.
 """
 
 OPENCV_WITHOUT_AVX2 = {"OPENCV_CPU_DISABLE": "SSE4.2,AVX,FP16,AVX2,AVX512-SKX"}

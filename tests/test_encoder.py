@@ -383,9 +383,12 @@ def shifts(embedding, n_views):
     return np.array([np.mean([1 - a @ b for a, b in zip(unit[0], view, strict=True)]) for view in unit[1:]])
 
 
+prepacks = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
 @pytest.fixture
 def bfloat16_is_fast(monkeypatch):
-    """As if it were, so that its numbers are tested on every processor; test_processors.py has the real choice."""
+    """As if it were, so that its numbers are tested on every processor; test_machines.py has the real choice."""
     monkeypatch.setattr(room, "bfloat16_gain", lambda device: 2.0)
 
 
@@ -431,6 +434,7 @@ def test_mixed_that_is_slower_is_refused_and_auto_does_not_ask(folder, monkeypat
     assert Encoder.load(str(folder), device="cpu").precision == "fp32"
 
 
+@prepacks
 def test_bfloat16_that_cannot_be_prepacked_is_multiplied_as_it_is(folder, monkeypatch, bfloat16_is_fast):
     def pack(weight, rows):
         if weight.dtype == torch.bfloat16:
@@ -465,6 +469,7 @@ def test_bfloat16_that_cannot_be_multiplied_is_refused(tmp_path, monkeypatch, vi
     assert str(refused.value) == "model: precision 'mixed' is refused: no such product here; accepted: fp32"
 
 
+@prepacks
 def test_weights_that_did_not_do_prepacked_are_not_prepacked_for_mixed(folder, monkeypatch, bfloat16_is_fast):
     def pack(weight, rows):
         asked.append(weight.dtype)

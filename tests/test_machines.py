@@ -124,7 +124,7 @@ def test_what_needs_a_browser_is_skipped_without_and_demanded_in_ci(tmp_path, ma
         shutil.copy(ROOT / name, tmp_path)
     ours = ("PYTEST", "BROWSER_PATH", "CI")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_marked.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "test_marked.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment | machine, capture_output=True, text=True)
     assert f"{counts} in" in done.stdout and "a weak processor: slower" in done.stdout and said in done.stdout
     assert done.returncode == ("error" in counts)
